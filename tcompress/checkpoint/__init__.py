@@ -1,0 +1,1 @@
+"""Files <-> named tensors. Knows no format and no model."""

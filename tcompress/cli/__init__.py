@@ -1,0 +1,1 @@
+"""The doors: each command turns words into objects, calls one workflow function, and shows what comes back."""

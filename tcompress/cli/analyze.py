@@ -1,0 +1,75 @@
+"""tcompress analyze."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tcompress.cli.options import (
+    AllowNonfinite,
+    Device,
+    DTypeName,
+    Json,
+    Keep,
+    Key,
+    Model,
+    Rank,
+    Seed,
+    Threads,
+    Tolerance,
+    pick_device,
+    pick_dtype,
+    set_threads,
+)
+
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format",
+        "-f",
+        help="A format as svd or svd:rank=16; may be repeated. Default: every quick one.",
+        metavar="FORMAT",
+    ),
+]
+Layers = Annotated[list[str] | None, typer.Option(help="Glob on layer names; may be repeated.", metavar="GLOB")]
+
+
+def analyze(
+    model: Model = Path(),
+    formats: Formats = None,
+    rank: Rank = None,
+    keep: Keep = None,
+    tolerance: Tolerance = None,
+    layers: Layers = None,
+    dtype: DTypeName = None,
+    key: Key = None,
+    allow_nonfinite: AllowNonfinite = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Say layer by layer what compression would cost: error, bytes, and where a format stops being smaller.
+
+    Example: tcompress analyze model.safetensors --format svd --rank 8
+    """
+    from tcompress.checkpoint.opening import open_checkpoint
+    from tcompress.cli.choices import choices, quick_formats
+    from tcompress.cli.console import progress_bar, show
+    from tcompress.report.documents import analysis_document
+    from tcompress.report.tables import analysis_view
+    from tcompress.workflow import analysis
+    from tcompress.workflow.planning import Settings
+
+    asked = None
+    if formats or rank is not None or keep is not None or tolerance is not None:
+        names = formats or quick_formats(with_rank=rank is not None)
+        asked = choices(names, rank=rank, keep=keep, tolerance=tolerance, seed=seed)
+    settings = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite)
+    set_threads(threads)
+    with open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
+        found = analysis.analyze(checkpoint, asked, layers=layers or (), settings=settings, progress=progress)
+    document = analysis_document(found)
+    show(document, analysis_view(document), as_json=as_json)

@@ -1,0 +1,55 @@
+"""From --format, --rank, --keep and --tolerance to what is to be fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tcompress.errors import UsageError
+from tcompress.formats import FORMATS, Format, make, parse
+from tcompress.workflow.plan import Target
+
+
+def choices(
+    formats: Sequence[str], *, rank: int | None, keep: float | None, tolerance: float | None, seed: int
+) -> list[Format | Target]:
+    """Return what each ``--format`` asks for together with the one budget that stands beside it.
+
+    Raises UsageError when there is none or more than one, or the format has no such thing as a rank.
+    """
+    if sum(budget is not None for budget in (rank, keep, tolerance)) > 1:
+        raise UsageError("give one of --rank, --keep and --tolerance, they are three ways to say how much is kept")
+    return [_choice(text, rank, keep, tolerance, seed) for text in formats]
+
+
+def quick_formats(*, with_rank: bool) -> list[str]:
+    """Return the formats that are fitted in seconds, of those that have a rank when one is asked for."""
+    quick = [name for name, format_type in FORMATS.items() if format_type.quick]
+    return [name for name in quick if not with_rank or FORMATS[name].size_option == "rank"]
+
+
+def _choice(text: str, rank: int | None, keep: float | None, tolerance: float | None, seed: int) -> Format | Target:
+    format_type, options = parse(text)
+    options = {**_seed(format_type, seed), **options}
+    size = format_type.size_option
+    budget = next(
+        (name for name, value in (("rank", rank), ("keep", keep), ("tolerance", tolerance)) if value is not None), None
+    )
+    if size in options:
+        if budget is not None:
+            raise UsageError(f"--format {text} says its {size} already; leave out --{budget}")
+        return make(format_type, options)
+    if rank is not None and size != "rank":
+        raise UsageError(
+            f"{format_type.name} has no rank; use --keep, --tolerance or --format {format_type.name}:{size}=..."
+        )
+    if rank is not None:
+        return make(format_type, {**options, "rank": rank})
+    if budget is None:
+        own = "--rank" if size == "rank" else f"--format {format_type.name}:{size}=..."
+        raise UsageError(f"how much is to be kept? give {own}, --keep or --tolerance")
+    return Target(format_type, options, keep=keep, tolerance=tolerance)
+
+
+def _seed(format_type: type[Format], seed: int) -> dict[str, Any]:
+    return {"seed": seed} if "seed" in format_type.option_defaults() else {}

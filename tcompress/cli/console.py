@@ -1,0 +1,60 @@
+"""What a person sees: results on stdout, progress and notes on stderr, and nothing but results when nobody watches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from tcompress.errors import printable
+from tcompress.report.documents import Document
+from tcompress.report.writing import json_text
+from tcompress.workflow.progress import Progress, Step, silent
+
+_WIDE = 160  # columns when the output is a file: a table in a log should not fold at 80
+
+
+def show(document: Document, view: RenderableType, *, as_json: bool) -> None:
+    """Print a result: the document as JSON, or its view."""
+    if as_json:
+        sys.stdout.write(json_text(document))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_WIDE)
+    console.print(view)
+
+
+def complain(message: str) -> None:
+    """Print a line on stderr."""
+    sys.stderr.write(printable(message) + "\n")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Show layer i of n, bytes and the time left on stderr, if that is a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[layer]}"),
+    )
+    with Bars(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(step: Step) -> None:
+            if step.task not in tasks:
+                tasks[step.task] = bars.add_task(step.task, total=step.total_bytes, layer="")
+            layer = f"layer {step.position} of {step.count} {printable(step.layer)}"
+            bars.update(tasks[step.task], completed=step.done_bytes, layer=layer)
+
+        yield tell

@@ -1,0 +1,118 @@
+"""Options that several commands share, and what their words mean. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tcompress.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A checkpoint (.safetensors, .pt, .pth, .th, .bin, .ckpt), an index, or the folder that holds one.",
+        show_default="the current folder",
+    ),
+]
+Key = Annotated[
+    str | None, typer.Option(help="Entry of a nested torch checkpoint that holds the state dict.", metavar="KEY")
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(help="Rank of every layer: more keeps more.", metavar="R", min=1, rich_help_panel="How much"),
+]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of each layer's dense BYTES that may be kept: 0.25 makes layers 4 times smaller.",
+        metavar="X",
+        min=0,
+        max=1,
+        rich_help_panel="How much",
+    ),
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        help="Largest relative error |A-L|/|A| allowed per layer: 0 is lossless, more keeps less.",
+        metavar="E",
+        min=0,
+        max=1,
+        rich_help_panel="How much",
+    ),
+]
+DTypeName = Annotated[
+    str | None, typer.Option("--dtype", help="Store factors as bf16, fp16 or fp32; default: each layer's own type.")
+]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.", metavar="DEVICE")]
+Threads = Annotated[int | None, typer.Option(help="Number of CPU threads.", min=1, metavar="N")]
+Seed = Annotated[int, typer.Option(help="Seed of randomised algorithms; the same seed gives the same bytes.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Leave layers that hold NaN or Inf dense instead of stopping.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of a table.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(help="Size of the output's shards, as 5GB or 500MB; default: as the input's.", metavar="SIZE"),
+]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def parse_size(text: str | None, option: str) -> int | None:
+    """Return ``5GB`` or ``500MiB`` or ``12345`` in bytes. Raises UsageError for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+        raise UsageError(f"{option}: {text!r} is no size; write it as 12345, 500MB, 5GB or 2GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; auto takes a GPU where there is one. Raises UsageError for a missing one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise UsageError(f"--device: {name!r} is none of auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device: there is no {name} on this machine; --device cpu works everywhere")
+    return device
+
+
+def set_threads(count: int | None) -> None:
+    """Limit the CPU threads of all numerical libraries in this process."""
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def pick_dtype(name: str | None) -> torch.dtype | None:
+    """Return the type that factors are stored in, None for each layer's own. Raises UsageError for another name."""
+    import torch
+
+    if name is None:
+        return None
+    full = _DTYPES.get(name, name)
+    if full not in _DTYPES.values():
+        raise UsageError(f"--dtype: {name!r} is none of {', '.join(_DTYPES)}")
+    found: torch.dtype = getattr(torch, full)
+    return found

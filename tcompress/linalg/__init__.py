@@ -1,0 +1,1 @@
+"""Numerical kernels: pure functions on tensors. Knows no file and no format."""

@@ -1,0 +1,187 @@
+"""Results as documents: plain JSON values under keys that stay, described in the README.
+
+Every document has "schema": 1, "command" and "tool".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tcompress
+from tcompress.formats import FORMATS
+from tcompress.workflow.results import (
+    Analysis,
+    AnalysisRow,
+    CompressionResult,
+    DecompressionResult,
+    Inspection,
+    LayerResult,
+    Stored,
+    VerificationResult,
+    peak_memory_bytes,
+)
+
+SCHEMA = 1
+Document = dict[str, Any]
+
+
+def compression_document(result: CompressionResult, exceeded: list[str]) -> Document:
+    """Return the report of ``compress``; ``exceeded`` says which limits of the user were."""
+    compressed = [layer for layer in result.layers if layer.format is not None]
+    return {
+        **_head("compress"),
+        "dry_run": result.output is None,
+        "source": _stored(result.source),
+        "output": None if result.output is None else _stored(result.output),
+        "plan": dict(result.plan),
+        "layers": [_layer(layer) for layer in result.layers],
+        "totals": {
+            "dense_bytes": result.source.nbytes,
+            "stored_bytes": result.stored_bytes,
+            "compression_ratio": result.compression_ratio,
+            "layers": len(result.layers),
+            "compressed_layers": len(compressed),
+            "compressed_dense_bytes": sum(layer.layer.dense_bytes for layer in compressed),
+            "compressed_stored_bytes": sum(layer.stored_bytes for layer in compressed),
+            "largest_relative_error": None if result.output is None else result.largest_error,
+        },
+        "limits_exceeded": exceeded,
+        "other_values": list(result.other_values),
+        "notes": list(result.notes),
+        **_tail(result.seconds),
+    }
+
+
+def analysis_document(analysis: Analysis) -> Document:
+    """Return the report of ``analyze``."""
+    return {
+        **_head("analyze"),
+        "source": {"path": str(analysis.source)},
+        "asked": list(analysis.asked),
+        "rows": [_analysis_row(row) for row in analysis.rows],
+        "break_even": {
+            layer: {name: None if limit is None else limit.options() for name, limit in limits.items()}
+            for layer, limits in analysis.break_even.items()
+        },
+        **_tail(analysis.seconds),
+    }
+
+
+def inspection_document(inspection: Inspection) -> Document:
+    """Return the report of ``inspect``."""
+    return {
+        **_head("inspect"),
+        "path": str(inspection.path),
+        "files": list(inspection.files),
+        "file_bytes": inspection.file_bytes,
+        "tensors": [
+            {
+                "name": row.name,
+                "shape": list(row.shape),
+                "dtype": row.dtype,
+                "dense_bytes": row.dense_bytes,
+                "stored_bytes": row.stored_bytes,
+                "kind": row.kind,
+                "format": row.format,
+                "relative_error": row.relative_error,
+                "tied_to": row.tied_to,
+            }
+            for row in inspection.rows
+        ],
+        "metadata": dict(inspection.metadata),
+        "manifest": None if inspection.manifest is None else dict(inspection.manifest),
+        "key": inspection.key,
+        "other_values": list(inspection.other_values),
+    }
+
+
+def decompression_document(result: DecompressionResult) -> Document:
+    """Return the report of ``decompress``."""
+    return {
+        **_head("decompress"),
+        "source": _stored(result.source),
+        "output": _stored(result.output),
+        "tensors": result.tensors,
+        "rebuilt": result.rebuilt,
+        **_tail(result.seconds),
+    }
+
+
+def verification_document(result: VerificationResult) -> Document:
+    """Return the report of ``verify``."""
+    return {
+        **_head("verify"),
+        "path": str(result.path),
+        "against": result.against,
+        "passed": not result.problems,
+        "problems": list(result.problems),
+        "layers": [
+            {"name": layer.name, "reported_error": layer.reported_error, "measured_error": layer.measured_error}
+            for layer in result.layers
+        ],
+        **_tail(result.seconds),
+    }
+
+
+def formats_document() -> Document:
+    """Return the list of all formats, as ``formats`` shows it."""
+    return {
+        **_head("formats"),
+        "formats": [
+            {
+                "name": format_type.name,
+                "summary": format_type.summary,
+                "options": format_type.option_defaults(),
+                "size_option": format_type.size_option,
+                "rebuild": format_type.rebuild,
+                "reference": format_type.reference,
+            }
+            for format_type in FORMATS.values()
+        ],
+    }
+
+
+def _head(command: str) -> Document:
+    return {"schema": SCHEMA, "command": command, "tool": f"tcompress {tcompress.__version__}"}
+
+
+def _tail(seconds: float) -> Document:
+    return {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+
+
+def _stored(stored: Stored) -> Document:
+    return {"path": str(stored.path), "files": list(stored.files), "bytes": stored.nbytes, "sha256": stored.sha256}
+
+
+def _layer(result: LayerResult) -> Document:
+    return {
+        "name": result.layer.name,
+        "kind": str(result.layer.kind),
+        "shape": list(result.layer.shape),
+        "dtype": result.layer.dtype.name,
+        "format": "dense" if result.format is None else result.format.name,
+        "options": {} if result.format is None else result.format.options(),
+        "dense_bytes": result.layer.dense_bytes,
+        "stored_bytes": result.stored_bytes,
+        "relative_error": result.relative_error,
+        "seconds": result.seconds,
+        "reason": result.reason,
+    }
+
+
+def _analysis_row(row: AnalysisRow) -> Document:
+    return {
+        "name": row.layer.name,
+        "kind": str(row.layer.kind),
+        "shape": list(row.layer.shape),
+        "dtype": row.layer.dtype.name,
+        "asked": row.asked,
+        "format": None if row.format is None else row.format.name,
+        "options": None if row.format is None else row.format.options(),
+        "dense_bytes": row.layer.dense_bytes,
+        "stored_bytes": row.stored_bytes,
+        "relative_error": row.relative_error,
+        "seconds": row.seconds,
+        "verdict": row.verdict,
+        "worthwhile": row.worthwhile,
+    }

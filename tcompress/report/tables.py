@@ -1,0 +1,197 @@
+"""Documents as tables for a terminal. Names come from strangers: they are shown as text, never as markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tcompress.errors import printable
+from tcompress.report.documents import Document
+from tcompress.report.figures import as_bytes, as_error, as_seconds, as_shape
+
+Cell = str | list[str]  # a list is a line each
+
+
+def compression_view(document: Document) -> RenderableType:
+    """Show a report of ``compress``: a row a layer, then the totals."""
+    rows = [
+        [
+            layer["name"],
+            layer["kind"],
+            as_shape(layer["shape"]),
+            layer["dtype"],
+            setting_text(layer),
+            as_bytes(layer["dense_bytes"]),
+            as_bytes(layer["stored_bytes"]),
+            as_error(layer["relative_error"]),
+        ]
+        for layer in document["layers"]
+    ]
+    columns = ["layer", "kind", "shape", "dtype", "format", "dense", "stored", "error"]
+    table = _table(columns, rows, right=columns[5:])
+    return Group(table, *map(Text, compression_summary(document)))
+
+
+def compression_summary(document: Document) -> list[str]:
+    """Return the lines below the table of ``compress``."""
+    totals = document["totals"]
+    kept = [layer for layer in document["layers"] if layer["reason"]]
+    lines = [f"stays dense: {printable(layer['name'])}: {layer['reason']}" for layer in kept[:20]]
+    lines += [f"... and {len(kept) - 20} more layers stay dense, see --json or --report"] if len(kept) > 20 else []
+    lines += [f"note: {printable(note)}" for note in document["notes"]]
+    if document["other_values"]:
+        names = ", ".join(map(printable, document["other_values"][:10]))
+        lines.append(f"note: not carried over, being no tensors: {names}")
+    sizes = f"{totals['dense_bytes']} -> {totals['stored_bytes']} bytes on disk"
+    verb = "would compress" if document["dry_run"] else "compressed"
+    lines.append(
+        f"{verb} {totals['compressed_layers']} of {totals['layers']} layers: {sizes}, "
+        f"{totals['compression_ratio']:.2f} x smaller, in {as_seconds(document['seconds'])}"
+    )
+    if document["output"] is not None:
+        lines.append(f"wrote {printable(document['output']['path'])}")
+    return lines
+
+
+def analysis_view(document: Document) -> RenderableType:
+    """Show a report of ``analyze``: one asked setting in full, several side by side."""
+    return _one_setting(document) if len(document["asked"]) == 1 else _side_by_side(document)
+
+
+def _one_setting(document: Document) -> RenderableType:
+    rows = [
+        [
+            row["name"],
+            row["kind"],
+            as_shape(row["shape"]),
+            row["dtype"],
+            setting_text(row),
+            limit_lines(document["break_even"][row["name"]]),
+            as_bytes(row["dense_bytes"]),
+            as_bytes(row["stored_bytes"]),
+            as_error(row["relative_error"]),
+            row["verdict"],
+        ]
+        for row in document["rows"]
+    ]
+    columns = ["layer", "kind", "shape", "dtype", "format", "break-even", "dense", "stored", "error", "verdict"]
+    return _table(columns, rows, right=columns[6:9])
+
+
+def _side_by_side(document: Document) -> RenderableType:
+    by_layer: dict[str, list[Document]] = {}
+    for row in document["rows"]:
+        by_layer.setdefault(row["name"], []).append(row)
+    rows = []
+    for name, found in by_layer.items():
+        errors = [as_error(row["relative_error"]) if row["worthwhile"] else "larger" for row in found]
+        first = found[0]
+        limits = limit_lines(document["break_even"][name])
+        rows.append([name, first["kind"], as_shape(first["shape"]), first["dtype"], limits, *errors])
+    settings = [asked.replace(":", "\n") for asked in document["asked"]]
+    columns = ["layer", "kind", "shape", "dtype", "break-even", *settings]
+    legend = Text("relative error of each layer at each setting; larger: not smaller than dense, or not to be fitted")
+    return Group(_table(columns, rows, right=settings), legend)
+
+
+def inspection_view(document: Document) -> RenderableType:
+    """Show a report of ``inspect``: a row a tensor, then what the file says of itself."""
+    is_compressed = document["manifest"] is not None
+    rows: list[list[Cell]] = []
+    for row in document["tensors"]:
+        tie = f"tied to {row['tied_to']}" if row["tied_to"] else ""
+        cells: list[Cell] = [row["name"], as_shape(row["shape"]), row["dtype"], row["kind"] or "", tie]
+        cells.append(as_bytes(row["dense_bytes"]))
+        if is_compressed:
+            cells += [row["format"] or "", as_bytes(row["stored_bytes"]), as_error(row["relative_error"])]
+        rows.append(cells)
+    columns = ["tensor", "shape", "dtype", "kind", "", "dense"]
+    columns += ["stored as", "stored", "error"] if is_compressed else []
+    dense = sum(row["dense_bytes"] for row in document["tensors"] if not row["tied_to"])
+    lines = [
+        f"{len(document['tensors'])} tensors, {dense} bytes dense, in {len(document['files'])} file(s) "
+        f"of {document['file_bytes']} bytes"
+    ]
+    if document["key"]:
+        lines.append(f"the state dict is the entry {printable(document['key'])}")
+    if document["other_values"]:
+        lines.append(f"beside the tensors: {', '.join(map(printable, document['other_values'][:10]))}")
+    if document["manifest"]:
+        manifest = document["manifest"]
+        source = manifest["source"]
+        lines.append(
+            printable(
+                f"compressed by {manifest['writer']} from {source.get('bytes')} bytes, SHA-256 {source.get('sha256')}"
+            )
+        )
+    return Group(_table(columns, rows, right=["dense", "stored", "error"]), *map(Text, lines))
+
+
+def verification_view(document: Document) -> RenderableType:
+    """Show a report of ``verify``."""
+    lines = [f"problem: {problem}" for problem in document["problems"]]
+    errors = "errors measured again" if document["against"] else "errors not measured again (give --against MODEL)"
+    verdict = "is what it says it is" if document["passed"] else f"has {len(document['problems'])} problem(s)"
+    layers = len(document["layers"])
+    lines.append(f"{printable(document['path'])} {verdict}: {layers} compressed layers, {errors}")
+    return Group(*map(Text, lines))
+
+
+def decompression_view(document: Document) -> RenderableType:
+    """Show a report of ``decompress``."""
+    output = document["output"]
+    return Text(
+        f"wrote {printable(output['path'])}: {document['tensors']} tensors, {document['rebuilt']} of them rebuilt, "
+        f"{output['bytes']} bytes, in {as_seconds(document['seconds'])}"
+    )
+
+
+def formats_view(document: Document) -> RenderableType:
+    """Show the table of formats."""
+    rows = [
+        [
+            entry["name"],
+            entry["summary"],
+            ", ".join(name if default is None else f"{name}={default}" for name, default in entry["options"].items()),
+            entry["reference"],
+        ]
+        for entry in document["formats"]
+    ]
+    return _table(["format", "what it is", "options", "paper"], rows, right=[])
+
+
+def setting_text(row: Document) -> str:
+    """Return format and options on one line, without options that say nothing of size when there are none."""
+    options = ":".join(f"{name}={_short(value)}" for name, value in (row["options"] or {}).items())
+    return ":".join(filter(None, [row["format"] or "", options]))
+
+
+def limit_lines(limits: Document) -> list[str]:
+    """Return the break-even setting of each format: up to there it is smaller than dense."""
+    found = []
+    for name, options in limits.items():
+        sizes = "never" if options is None else ":".join(f"{key} {_short(value)}" for key, value in options.items())
+        found.append(sizes if len(limits) == 1 else f"{name} {sizes}")
+    return found
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        is_figure = column in right
+        # A cut-off name cannot be copied into --include: names fold, figures never do.
+        table.add_column(column, justify="right" if is_figure else "left", no_wrap=is_figure, overflow="fold")
+    for row in rows:
+        table.add_row(*map(_text, row))
+    return table
+
+
+def _text(cell: Cell) -> Text:
+    return Text("\n".join(map(printable, [cell] if isinstance(cell, str) else cell)))

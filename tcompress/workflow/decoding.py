@@ -1,0 +1,133 @@
+"""A compressed checkpoint seen as the dense one it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tcompress.checkpoint.manifest import Entry, Manifest, read_manifest
+from tcompress.checkpoint.memory import require_memory
+from tcompress.checkpoint.reader import Checkpoint, TensorInfo
+from tcompress.encodings import ENCODINGS, FactorSpec
+from tcompress.errors import FormatError, InputError, UnsupportedError
+from tcompress.formats import FORMATS
+from tcompress.workflow.fitting import rebuild
+from tcompress.workflow.layout import stored_name
+
+# Any count does: only the names of the parts are asked for.
+_ANY = FactorSpec((1, 1), torch.float32, nonzeros=1)
+
+
+@dataclass(frozen=True)
+class CompressedView:
+    """The dense tensors of a compressed checkpoint, by their original names.
+
+    infos: every tensor of the original, tied names included. stored: layer -> names of its parts on disk.
+    """
+
+    checkpoint: Checkpoint
+    manifest: Manifest
+    stored: Mapping[str, tuple[str, ...]]
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Descriptions of all original tensors, in the order of the file."""
+        owner = {part: layer for layer, parts in self.stored.items() for part in parts}
+        found: dict[str, TensorInfo] = {}
+        for name, info in self.checkpoint.items():
+            layer = owner.get(name)
+            if layer is None:
+                found[name] = info
+            elif layer not in found:
+                entry = self.manifest.layers[layer]
+                found[layer] = TensorInfo(layer, entry.shape, entry.dtype)
+        for second, first in self.manifest.tied.items():
+            found[second] = TensorInfo(second, found[first].shape, found[first].dtype)
+        return found
+
+    def stored_bytes(self, layer: str) -> int:
+        """Bytes of a compressed layer's parts on disk."""
+        return sum(self.checkpoint[part].nbytes for part in self.stored[layer])
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        """Return a dense tensor under its original name. Raises InputError when its factors are damaged."""
+        name = self.manifest.tied.get(name, name)
+        entry = self.manifest.layers.get(name)
+        return self.checkpoint.read(name) if entry is None else self._rebuild(name, entry, device)
+
+    def _rebuild(self, name: str, entry: Entry, device: torch.device) -> Tensor:
+        dtype = entry.dtype.torch
+        assert dtype is not None, "manifest entries are of floating types"  # noqa: S101
+        require_memory(entry.shape, dtype, path=self.checkpoint.path, tensor=name)
+        try:
+            factors = dict(self.factors(name))
+            return rebuild(FORMATS[entry.format], entry.shape, factors, dtype=dtype, device=device)
+        except (FormatError, InputError) as error:
+            raise InputError(error.reason, path=self.checkpoint.path, tensor=error.tensor or name) from error
+
+    def factors(self, layer: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and values of each factor of a compressed layer. Raises InputError when they are damaged."""
+        for name, factor in self.manifest.layers[layer].factors.items():
+            encoding = ENCODINGS[factor.encoding]
+            parts = {
+                part: self.checkpoint.read(stored_name(layer, name, part)) for part in _part_names(factor.encoding)
+            }
+            shape = factor.shape if factor.shape is not None else tuple(parts[""].shape)
+            require_memory(shape, torch.float32, path=self.checkpoint.path, tensor=layer)
+            decoded = encoding.decode(parts, shape)
+            if not decoded.dtype.is_floating_point:
+                raise InputError(f"its factor {name} is of type {decoded.dtype}")
+            yield name, decoded
+
+
+def view(checkpoint: Checkpoint) -> CompressedView:
+    """Check a compressed checkpoint's manifest against its tensors, without reading data.
+
+    Raises InputError when it is none or the two disagree, UnsupportedError for formats and encodings that this version
+    does not know.
+    """
+    manifest = read_manifest(checkpoint)
+    stored = {name: _parts(checkpoint, name, entry, manifest.writer) for name, entry in manifest.layers.items()}
+    owners: dict[str, str] = {}
+    for layer, parts in stored.items():
+        for part in parts:
+            if part in owners:
+                raise InputError(f"belongs to {owners[part]} and to {layer}", path=checkpoint.path, tensor=part)
+            owners[part] = layer
+    names = (set(checkpoint) - set(owners)) | set(manifest.layers)
+    for layer in manifest.layers:
+        if layer in checkpoint:
+            raise InputError("is there dense and as factors", path=checkpoint.path, tensor=layer)
+    for second, first in manifest.tied.items():
+        if first not in names or second in names:
+            raise InputError(f"is tied to {first}, which cannot be", path=checkpoint.path, tensor=second)
+    return CompressedView(checkpoint, manifest, stored)
+
+
+def _parts(checkpoint: Checkpoint, layer: str, entry: Entry, writer: str) -> tuple[str, ...]:
+    if entry.format not in FORMATS:
+        raise UnsupportedError(
+            f"has format {entry.format!r}, which this version does not know; {writer} wrote it and can read it",
+            path=checkpoint.path,
+            tensor=layer,
+        )
+    names = []
+    for name, factor in entry.factors.items():
+        if factor.encoding not in ENCODINGS or (factor.shape is None) != (factor.encoding == "dense"):
+            problem = (
+                f"its factor {name} has encoding {factor.encoding!r}, which this version cannot read; {writer} wrote it"
+            )
+            raise UnsupportedError(problem, path=checkpoint.path, tensor=layer)
+        names += [stored_name(layer, name, part) for part in _part_names(factor.encoding)]
+    missing = [name for name in names if name not in checkpoint]
+    if missing:
+        raise InputError(f"its factor {missing[0]} is not in the file", path=checkpoint.path, tensor=layer)
+    return tuple(names)
+
+
+def _part_names(encoding: str) -> list[str]:
+    return list(ENCODINGS[encoding].parts(_ANY) or ())

@@ -1,0 +1,125 @@
+"""One layer through one format: cast up, fit, cast down, and measure what was really stored."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tcompress.checkpoint.manifest import figure
+from tcompress.encodings import FactorSpec, cheapest_bytes
+from tcompress.errors import NumericalError
+from tcompress.formats import Format
+
+_BLOCK = 1 << 20  # values compared in float64 at one time
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The factors of a layer as they will lie on disk, and how far they are from the weight.
+
+    factors: name -> CPU tensor in the stored type. relative_error: Frobenius norm of (weight - what decompression
+    gives, in the weight's own type) over that of the weight (low-rank-plus-sparse paper, equation 15).
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    factors: Mapping[str, Tensor]
+    norm: float
+    relative_error: float
+    seconds: float
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all factors in their cheapest encodings."""
+        return sum(cheapest_bytes(spec) for spec in self.specs().values())
+
+    def specs(self) -> dict[str, FactorSpec]:
+        """Return shape and nonzeros of each factor; factors that the format holds sparse have nonzeros."""
+        planned = self.format.factor_specs(self.shape, next(iter(self.factors.values())).dtype)
+        return {
+            name: FactorSpec(
+                tuple(factor.shape), factor.dtype, None if planned[name].nonzeros is None else nonzeros(factor)
+            )
+            for name, factor in self.factors.items()
+        }
+
+
+def working_copy(weight: Tensor, device: torch.device) -> Tensor:
+    """Return a weight in the precision of the computation: float32, or float64 for float64 weights."""
+    return weight.to(device=device, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+
+def nonzeros(factor: Tensor) -> int:
+    """Count the values whose bits are not all zero: those that a sparse encoding stores."""
+    wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}[factor.dtype.itemsize]
+    return int(torch.count_nonzero(factor.contiguous().view(wide)))
+
+
+def fit(weight: Tensor, setting: Format, *, store: torch.dtype, device: torch.device) -> Fitted:
+    """Fit one format to a weight (any floating type, CPU) and store its factors as ``store``.
+
+    Raises NumericalError when a factor is not finite in the stored type.
+    """
+    return next(fit_several(weight, [setting], store=store, device=device))
+
+
+def fit_several(
+    weight: Tensor, settings: Sequence[Format], *, store: torch.dtype, device: torch.device
+) -> Iterator[Fitted]:
+    """Fit several settings of one format, in their order, sharing what the format can share. Raises as ``fit``."""
+    started = time.perf_counter()
+    shape = tuple(weight.shape)
+    for setting, factorization in zip(
+        settings, type(settings[0]).sweep(working_copy(weight, device), settings), strict=True
+    ):
+        factors = {name: factor.detach().to(store).cpu() for name, factor in factorization.state_dict().items()}
+        del factorization
+        if not all(bool(torch.isfinite(factor).all()) for factor in factors.values()):
+            raise NumericalError(f"{setting}: a factor is not finite as {str(store).removeprefix('torch.')}")
+        rebuilt = rebuild(type(setting), shape, factors, dtype=weight.dtype, device=device)
+        norm, error = compare(weight, rebuilt)
+        if not math.isfinite(error):
+            raise NumericalError(f"{setting}: its reconstruction is not finite")
+        yield Fitted(setting, shape, factors, figure(norm), figure(error), time.perf_counter() - started)
+        started = time.perf_counter()
+
+
+def rebuild(
+    format_type: type[Format],
+    shape: tuple[int, ...],
+    factors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Return the dense weight that stored factors give, as a CPU tensor of ``dtype``: what decompression writes.
+
+    Raises FormatError when the factors do not make the shape.
+    """
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    working = {name: factor.to(device=device, dtype=precision) for name, factor in factors.items()}
+    with torch.no_grad():
+        return format_type.load(shape, working).reconstruct().detach().to(dtype).cpu()
+
+
+def compare(weight: Tensor, rebuilt: Tensor) -> tuple[float, float]:
+    """Return the Frobenius norm of a weight and the relative error of its reconstruction, both summed in float64.
+
+    An all-zero weight has error 0 when it came back as it was, else infinity.
+    """
+    scale = float(weight.abs().max().double())
+    if scale == 0:
+        return 0.0, 0.0 if not rebuilt.any() else float("inf")
+    total = lost = 0.0
+    for original, stored in zip(
+        torch.split(weight.reshape(-1), _BLOCK), torch.split(rebuilt.reshape(-1), _BLOCK), strict=True
+    ):
+        exact = original.double() / scale  # squares of 1e38 and of 1e-38 leave no range this way
+        total += float(exact.square().sum())
+        lost += float((exact - stored.double() / scale).square().sum())
+    return scale * total**0.5, (lost / total) ** 0.5

@@ -1,0 +1,188 @@
+"""A plan says which layers get which format: one JSON document that a person edits and a planner writes."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tcompress.checkpoint.layers import Layer
+from tcompress.errors import FormatError, UsageError
+from tcompress.formats import Format, check_options, find_format, make, to_dict
+
+VERSION = 1
+_BUDGETS = ("keep", "tolerance")
+_COMMENTS = frozenset({"why", "dense_bytes", "stored_bytes"})  # what a written plan tells its reader
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format whose size is still to be found for each layer.
+
+    keep: the fraction of the layer's dense bytes that may be kept. tolerance: the largest relative error allowed.
+    Exactly one of them is given.
+    """
+
+    format: type[Format]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keep: float | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        name = self.format.name
+        if (self.keep is None) == (self.tolerance is None):
+            raise FormatError(f"{name}: give one of {self.format.size_option}, keep and tolerance")
+        if self.format.size_option in self.options:
+            raise FormatError(f"{name}: {self.format.size_option} is given beside keep or tolerance; give one of them")
+        _require_fraction(name, "keep", self.keep)
+        _require_fraction(name, "tolerance", self.tolerance)
+        check_options(self.format, self.options)
+
+    def __str__(self) -> str:
+        budget = f"keep={self.keep:g}" if self.keep is not None else f"tolerance={self.tolerance:g}"
+        return ":".join([self.format.name, *(f"{name}={value}" for name, value in self.options.items()), budget])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers whose name matches the glob ``match`` get ``format``; None leaves them dense.
+
+    one_threshold: the amount is that of all these layers together, shared out by one threshold on magnitudes.
+    """
+
+    match: str
+    format: Format | Target | None
+    one_threshold: bool = False
+    comments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.one_threshold:
+            return
+        format_type: object = self.format.format if isinstance(self.format, Target) else type(self.format)
+        if not isinstance(format_type, type) or not issubclass(format_type, Format) or not format_type.has_threshold:
+            raise FormatError(f"global: {self.format or 'dense'} prunes nothing, it has no threshold to share")
+        if isinstance(self.format, Target) and self.format.tolerance is not None:
+            raise FormatError("global: a tolerance is an error per layer; give keep or density")
+
+    def matches(self, name: str) -> bool:
+        """Tell whether the rule speaks of the layer."""
+        return fnmatch.fnmatchcase(name, self.match)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the rule as it stands in a plan."""
+        match self.format:
+            case None:
+                said: dict[str, Any] = {"format": "dense"}
+            case Target() as target:
+                budget = {name: value for name in _BUDGETS if (value := getattr(target, name)) is not None}
+                said = {"format": target.format.name, **target.options, **budget}
+            case setting:
+                said = to_dict(setting)
+        shared = {"global": True} if self.one_threshold else {}
+        return {"match": self.match, **said, **shared, **self.comments}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rules in order: the first that matches a layer decides; a layer that none matches stays dense."""
+
+    rules: tuple[Rule, ...]
+
+    def rule_for(self, name: str) -> Rule | None:
+        """Return the rule that decides about the layer."""
+        return next((rule for rule in self.rules if rule.matches(name)), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that ``parse_plan`` reads."""
+        return {"version": VERSION, "rules": [rule.to_json() for rule in self.rules]}
+
+
+def exactly(name: str) -> str:
+    """Return the glob that matches this name alone."""
+    return glob.escape(name)
+
+
+def plan_for(
+    choice: Format | Target, *, include: Sequence[str] = (), exclude: Sequence[str] = (), one_threshold: bool = False
+) -> Plan:
+    """Return the plan that gives one format to all layers, or to those included, but not to those excluded."""
+    left_dense = [Rule(pattern, None) for pattern in exclude]
+    return Plan((*left_dense, *(Rule(pattern, choice, one_threshold) for pattern in include or ["*"])))
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan. Raises UsageError that lists every problem in it."""
+    try:
+        return parse_plan(json.loads(path.read_text("utf-8")), str(path))
+    except OSError as error:
+        raise UsageError(f"the plan cannot be read ({error.strerror})", path=path) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the plan is not JSON ({error})", path=path) from error
+
+
+def parse_plan(document: Any, source: str) -> Plan:
+    """Turn a JSON document into a plan. Raises UsageError that lists every problem in it; ``source`` names it."""
+    match document:
+        case {"version": int(version), "rules": [*rules]} if version == VERSION:
+            pass
+        case {"version": int(version)} if version != VERSION:
+            raise UsageError(f"is a plan of version {version}; this tcompress reads version {VERSION}", path=source)
+        case _:
+            raise UsageError('a plan is {"version": 1, "rules": [{"match": "*", "format": ...}, ...]}', path=source)
+    parsed, problems = [], []
+    for position, rule in enumerate(rules, start=1):
+        try:
+            parsed.append(_parse_rule(rule))
+        except UsageError as error:
+            problems.append(f"rule {position}: {error.reason}")
+    if problems:
+        raise UsageError("; ".join(problems), path=source)
+    return Plan(tuple(parsed))
+
+
+def check_matches(plan: Plan, layers: Iterable[Layer]) -> None:
+    """Raise UsageError for rules that name layers which are not there, and for plans that match nothing at all."""
+    names = [layer.name for layer in layers]
+    known = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    unmatched = [rule for rule in plan.rules if not any(rule.matches(name) for name in names)]
+    missing = [rule.match for rule in unmatched if not glob.has_magic(rule.match)]
+    if missing:
+        raise UsageError(f"no layer is called {', '.join(missing)}; there are {known or 'none'}")
+    if len(unmatched) == len(plan.rules):
+        patterns = ", ".join(rule.match for rule in plan.rules)
+        raise UsageError(f"no layer matches {patterns or 'the empty plan'}; there are {known or 'none'}")
+
+
+def _parse_rule(rule: Any) -> Rule:
+    match rule:
+        case {"match": str(match), "format": str(name), **rest}:
+            pass
+        case _:
+            raise UsageError('needs "match" (a glob) and "format" (a name, or "dense")')
+    comments = {key: value for key, value in rest.items() if key in _COMMENTS}
+    options = {str(key): _frozen(value) for key, value in rest.items() if key not in _COMMENTS}
+    if name == "dense":
+        if options:
+            raise UsageError(f"dense takes no {', '.join(options)}")
+        return Rule(match, None, comments=comments)
+    one_threshold = options.pop("global", False) is True
+    budget = {key: options.pop(key) for key in _BUDGETS if key in options}
+    format_type = find_format(name)
+    if budget:
+        return Rule(match, Target(format_type, options, **budget), one_threshold, comments)
+    return Rule(match, make(format_type, options), one_threshold, comments)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _require_fraction(name: str, option: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise FormatError(f"{name}: {option} must be a fraction from 0 to 1, got {value!r}")

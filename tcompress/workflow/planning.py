@@ -1,0 +1,212 @@
+"""From a plan's rules to one decision a layer: this setting, or dense and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tcompress.checkpoint.layers import Layer
+from tcompress.checkpoint.reader import Checkpoint
+from tcompress.errors import NumericalError
+from tcompress.formats import Format
+from tcompress.workflow.fitting import fit, working_copy
+from tcompress.workflow.global_threshold import share_threshold
+from tcompress.workflow.layout import planned_bytes
+from tcompress.workflow.plan import Plan, Rule, Target, check_matches, exactly
+from tcompress.workflow.progress import Progress, silent, steps
+from tcompress.workflow.survey import Facts, survey
+
+CPU = torch.device("cpu")
+_ATTEMPTS = 8  # at a tolerance, against the rounding of the stored factors; two or three do
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a layer: ``format``, or dense for ``reason``. Bytes are those on disk without the header."""
+
+    layer: Layer
+    format: Format | None
+    reason: str | None
+    stored_bytes: int
+    nonzeros: int | None = None
+
+    def to_rule(self) -> Rule:
+        """Return the rule that says this of the layer alone."""
+        comments = {"dense_bytes": self.layer.dense_bytes, "stored_bytes": self.stored_bytes}
+        why = {} if self.reason is None else {"why": self.reason}
+        return Rule(exactly(self.layer.name), self.format, comments={**comments, **why})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How layers are computed and stored: ``store`` None keeps each layer's own type."""
+
+    store: torch.dtype | None = None
+    device: torch.device = CPU
+    allow_nonfinite: bool = False
+
+    def stored_type(self, layer: Layer) -> torch.dtype:
+        """Return the type in which the layer's factors are stored."""
+        own = layer.dtype.torch
+        assert own is not None, "layers are of floating types"  # noqa: S101
+        return self.store or own
+
+
+def decide(
+    checkpoint: Checkpoint, layers: Sequence[Layer], plan: Plan, settings: Settings, *, progress: Progress = silent
+) -> list[Decision]:
+    """Return the decision for every layer, in their order.
+
+    Raises UsageError when the plan speaks of layers that are not there, NumericalError for NaN and Inf in layers that
+    it wants compressed (unless they may stay dense), FormatError for settings that make no sense.
+    """
+    check_matches(plan, layers)
+    rules = {layer.name: plan.rule_for(layer.name) for layer in layers}
+    wanted = [layer for layer in layers if (rule := rules[layer.name]) is not None and rule.format is not None]
+    facts = survey(checkpoint, wanted, progress=progress)
+    _refuse_nonfinite(checkpoint, wanted, facts, settings)
+    sound = [layer for layer in wanted if not facts[layer.name].nonfinite]
+    choices = _choices(checkpoint, sound, rules, settings)
+    return [
+        _decision(checkpoint, layer, rules[layer.name], choices, facts, settings)
+        for layer in steps("planning", layers, progress)
+    ]
+
+
+def resolved(decisions: Sequence[Decision]) -> Plan:
+    """Return the plan that repeats these decisions, a rule a layer, for a person to edit."""
+    return Plan(tuple(decision.to_rule() for decision in decisions))
+
+
+def break_even(format_type: type[Format], layer: Layer, store: torch.dtype) -> Format | None:
+    """Return the richest setting that still takes fewer bytes than the dense layer; None when there is none."""
+    budget = layer.dense_bytes - 1
+    for _ in range(3):  # the description of the setting depends on the setting: two rounds settle it
+        setting = format_type.within(layer.shape, store, budget)
+        if setting is None:
+            return None
+        stored, header = planned_bytes(layer, setting, store, None)
+        if stored + header < layer.dense_bytes:
+            return setting
+        budget = layer.dense_bytes - header - 1
+    return None
+
+
+def _refuse_nonfinite(
+    checkpoint: Checkpoint, layers: Sequence[Layer], facts: Mapping[str, Facts], settings: Settings
+) -> None:
+    bad = [layer.name for layer in layers if facts[layer.name].nonfinite]
+    if bad and not settings.allow_nonfinite:
+        more = f" (and {len(bad) - 1} more layers)" if len(bad) > 1 else ""
+        raise NumericalError(
+            f"holds {facts[bad[0]].nonfinite} values that are NaN or Inf{more}; "
+            "--allow-nonfinite leaves such layers dense",
+            path=checkpoint.path,
+            tensor=bad[0],
+        )
+
+
+def _choices(
+    checkpoint: Checkpoint, layers: Sequence[Layer], rules: Mapping[str, Rule | None], settings: Settings
+) -> dict[str, Format | Target | None]:
+    """Return what the rules say of each layer, shared thresholds already shared out."""
+    choices: dict[str, Format | Target | None] = {}
+    sharing: dict[int, tuple[Rule, list[Layer]]] = {}
+    for layer in layers:
+        rule = rules[layer.name]
+        assert rule is not None, "only layers that a rule wants compressed come here"  # noqa: S101
+        choices[layer.name] = rule.format
+        if rule.one_threshold:
+            sharing.setdefault(id(rule), (rule, []))[1].append(layer)
+    for rule, members in sharing.values():
+        stored = {layer.name: settings.stored_type(layer) for layer in members}
+        choices.update(share_threshold(checkpoint, members, rule, stored))
+    return choices
+
+
+def _decision(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    rule: Rule | None,
+    choices: Mapping[str, Format | Target | None],
+    facts: Mapping[str, Facts],
+    settings: Settings,
+) -> Decision:
+    def dense(reason: str) -> Decision:
+        return Decision(layer, None, reason, layer.dense_bytes)
+
+    if rule is None:
+        return dense("no rule of the plan matches")
+    if rule.format is None:
+        return dense(str(rule.comments.get("why", "the plan leaves it dense")))
+    if layer.name not in choices:
+        return dense(f"holds {facts[layer.name].nonfinite} values that are NaN or Inf")
+    clash = [name for name in checkpoint if name.startswith(layer.name + ".")]
+    if clash:
+        return dense(f"tensor {clash[0]} has a name that its factors would take")
+    return _weigh(checkpoint, layer, choices[layer.name], facts[layer.name].nonzeros, settings)
+
+
+def _weigh(
+    checkpoint: Checkpoint, layer: Layer, choice: Format | Target | None, nonzeros: int, settings: Settings
+) -> Decision:
+    """Find the setting and compare its bytes with the dense layer's, descriptions included."""
+    store = settings.stored_type(layer)
+    try:
+        found = find_setting(lambda: checkpoint.read(layer.name), layer, choice, settings)
+    except NumericalError as error:
+        return Decision(layer, None, error.reason, layer.dense_bytes)
+    if isinstance(found, str):
+        return Decision(layer, None, found, layer.dense_bytes)
+    stored, header = planned_bytes(layer, found, store, nonzeros)
+    if stored + header < layer.dense_bytes:
+        return Decision(layer, found, None, stored, nonzeros)
+    limit = break_even(type(found), layer, store)
+    way_out = "no setting is smaller" if limit is None else f"break-even is {limit}"
+    reason = f"larger than dense at {found}: {stored} + {header} header bytes, dense {layer.dense_bytes}; {way_out}"
+    return Decision(layer, None, reason, layer.dense_bytes)
+
+
+def find_setting(
+    read: Callable[[], Tensor], layer: Layer, choice: Format | Target | None, settings: Settings
+) -> Format | str:
+    """Return the setting that a choice means for a layer, or the reason why there is none.
+
+    read: gives the weight, where its values decide. Raises NumericalError when the computation breaks down.
+    """
+    match choice:
+        case Target(keep=float() | int() as keep):
+            budget = math.floor(keep * layer.dense_bytes)
+            setting = choice.format.within(layer.shape, settings.stored_type(layer), budget, **choice.options)
+            return setting or f"no {choice.format.name} fits {budget} of {layer.dense_bytes} bytes"
+        case Target():
+            return _reaching(read(), layer, choice, settings)
+        case Format():
+            return choice
+    return "the plan leaves it dense"
+
+
+def _reaching(weight: Tensor, layer: Layer, target: Target, settings: Settings) -> Format | str:
+    """Return the smallest setting whose STORED error is within the tolerance.
+
+    Rounding adds to the error of exact arithmetic, so the aim is tightened by what it added until the sum fits.
+    """
+    assert target.tolerance is not None  # noqa: S101
+    store, aim = settings.stored_type(layer), target.tolerance
+    for _ in range(_ATTEMPTS):
+        setting = target.format.reaching(working_copy(weight, settings.device), aim, **target.options)
+        if setting.stored_bytes(layer.shape, store) >= layer.dense_bytes:
+            return f"an error of {target.tolerance:g} needs {setting}, which is larger than dense"
+        error = fit(weight, setting, store=store, device=settings.device).relative_error
+        if error <= target.tolerance:
+            return setting
+        square = aim**2 - 1.1 * (error**2 - target.tolerance**2)
+        if square <= 0:
+            break
+        aim = math.sqrt(square)
+    kept_as = str(store).removeprefix("torch.")
+    return f"no {target.format.name} stored as {kept_as} reaches an error of {target.tolerance:g}"

@@ -1,0 +1,135 @@
+"""verify(): is a compressed checkpoint what it says it is, byte by byte and error by error?"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+
+from tcompress.checkpoint.integrity import damage, sha256_of_files
+from tcompress.checkpoint.layers import Layer
+from tcompress.checkpoint.manifest import SIDECAR, Entry, parse_manifest
+from tcompress.checkpoint.reader import Checkpoint
+from tcompress.checkpoint.safetensors_file import SafetensorsFile
+from tcompress.checkpoint.sharded import ShardedCheckpoint
+from tcompress.errors import TcompressError
+from tcompress.formats import find_format, make
+from tcompress.workflow.decoding import CompressedView, view
+from tcompress.workflow.fitting import compare
+from tcompress.workflow.progress import Progress, silent, steps
+from tcompress.workflow.results import VerificationResult, VerifiedLayer
+
+# Another machine or number of threads sums in another order: float32 products differ in the last digits.
+_ABSOLUTE = 2e-6
+_RELATIVE = 1e-4
+
+
+def verify(
+    checkpoint: Checkpoint,
+    *,
+    against: Checkpoint | None = None,
+    device: torch.device | None = None,
+    progress: Progress = silent,
+) -> VerificationResult:
+    """Check every byte against its hash, the manifest against the tensors, and the reported errors.
+
+    against: the checkpoint it was made from. With it every relative error is computed again from what lies on disk and
+    every untouched tensor is compared; without it, an error is held against the norms of the weight, as reported, and
+    of its reconstruction, which it cannot be smaller than the difference of.
+
+    Raises InputError when the file is so damaged that it cannot be read as a compressed checkpoint.
+    """
+    started = time.perf_counter()
+    device = device or torch.device("cpu")
+    problems = [
+        problem for shard in checkpoint.shards if isinstance(shard, SafetensorsFile) for problem in damage(shard)
+    ]
+    dense = view(checkpoint)
+    problems += _document_problems(dense)
+    layers = []
+    entries = [Layer(name, entry.kind, entry.shape, entry.dtype) for name, entry in dense.manifest.layers.items()]
+    for layer in steps("verifying", entries, progress):
+        try:
+            layers.append(_layer(dense, layer, against, device))
+        except TcompressError as error:
+            problems.append(str(error))
+    problems += [f"{checkpoint.path}: tensor {each.name}: {text}" for each in layers for text in each.problems]
+    if against is not None:
+        problems += _differences(dense, against)
+    seconds = time.perf_counter() - started
+    return VerificationResult(checkpoint.path, tuple(layers), tuple(problems), against is not None, seconds)
+
+
+def _layer(dense: CompressedView, layer: Layer, against: Checkpoint | None, device: torch.device) -> VerifiedLayer:
+    entry = dense.manifest.layers[layer.name]
+    rebuilt = dense.read(layer.name, device)
+    problems = list(_contradictions(dense, layer, entry))
+    if not bool(torch.isfinite(rebuilt).all()):
+        problems.append("its factors give NaN or Inf")
+        return VerifiedLayer(layer.name, entry.relative_error, None, tuple(problems))
+    rebuilt_norm, _ = compare(rebuilt, rebuilt)
+    gap = abs(rebuilt_norm - entry.norm)
+    if gap > (entry.relative_error + _ABSOLUTE) * (1 + _RELATIVE) * entry.norm:
+        problems.append(
+            f"reports an error of {entry.relative_error:g}, but the norms {entry.norm:g} and {rebuilt_norm:g} "
+            f"of the weight and of what is stored are further apart"
+        )
+    measured = None
+    if against is not None and layer.name in against and against[layer.name].shape == layer.shape:
+        norm, measured = compare(against.read(layer.name), rebuilt)
+        if not math.isclose(measured, entry.relative_error, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE):
+            problems.append(f"reports an error of {entry.relative_error:g}, measured is {measured:g}")
+        if not math.isclose(norm, entry.norm, rel_tol=_RELATIVE):
+            problems.append(f"reports a norm of {entry.norm:g}, measured is {norm:g}")
+    return VerifiedLayer(layer.name, entry.relative_error, measured, tuple(problems))
+
+
+def _contradictions(dense: CompressedView, layer: Layer, entry: Entry) -> Iterator[str]:
+    """Compare what the options announce with the factors that are there."""
+    setting = make(find_format(entry.format), entry.options)
+    factors = dict(dense.factors(layer.name))
+    for name, spec in setting.factor_specs(entry.shape, next(iter(factors.values())).dtype).items():
+        there = tuple(factors[name].shape) if name in factors else None
+        if there != spec.shape:
+            yield f"{setting} announces a factor {name} of shape {spec.shape}, stored is {there}"
+
+
+def _document_problems(dense: CompressedView) -> Iterator[str]:
+    """The manifest beside sharded files must say what the shards say, and the index must know their size."""
+    checkpoint = dense.checkpoint
+    if not isinstance(checkpoint, ShardedCheckpoint):
+        return
+    total = sum(info.nbytes for info in checkpoint.values())
+    if checkpoint.index_metadata.get("total_size") != total:
+        yield f"{checkpoint.index}: its total_size is not the {total} bytes of the tensors"
+    sidecar = checkpoint.index.parent / SIDECAR
+    try:
+        same = parse_manifest(sidecar.read_text("utf-8").rstrip(), sidecar) == dense.manifest
+    except (OSError, UnicodeDecodeError) as error:
+        yield f"{sidecar}: cannot be read ({error})"
+        return
+    except TcompressError as error:
+        yield str(error)
+        return
+    if not same:
+        yield f"{sidecar}: does not say what the shards say"
+
+
+def _differences(dense: CompressedView, against: Checkpoint) -> Iterator[str]:
+    """Compare names, shapes, types, ties and untouched tensors with the checkpoint that it was made from."""
+    path = dense.checkpoint.path
+    source = dense.manifest.source.get("sha256")
+    if source != sha256_of_files(against.files):
+        yield f"{against.path}: is not the checkpoint that {path} was made from: its SHA-256 is another"
+    for name in sorted(set(against) ^ set(dense.infos)):
+        yield f"{path}: tensor {name}: is only in {against.path if name in against else path}"
+    for name in dense.infos:
+        if name not in against:
+            continue
+        info, other = dense.infos[name], against[name]
+        if (info.shape, info.dtype) != (other.shape, other.dtype):
+            yield f"{path}: tensor {name}: is {info.dtype.name} {info.shape}, was {other.dtype.name} {other.shape}"
+        elif name in dense.checkpoint and dense.checkpoint.raw(name) != against.raw(name):
+            yield f"{path}: tensor {name}: is not compressed, and yet differs from the original"

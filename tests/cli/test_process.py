@@ -1,0 +1,164 @@
+"""What only a process of its own shows: start-up time, signals, closed pipes, terminals."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+TCOMPRESS = [sys.executable, "-m", "tcompress"]
+ROOT = Path(__file__).parent.parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def run(*arguments, **options):
+    return subprocess.run([*TCOMPRESS, *map(str, arguments)], env=ENVIRONMENT, text=True, check=False, **options)
+
+
+def test_help_and_version_do_not_load_torch():
+    program = (
+        "import sys; from tcompress.cli.app import run; run(sys.argv[1:]);"
+        "print(sorted({'torch', 'numpy', 'scipy', 'safetensors'} & set(sys.modules)), file=sys.stderr)"
+    )
+    for arguments in (["--version"], ["--help"], ["compress", "--help"]):
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, env=ENVIRONMENT, text=True, check=True, capture_output=True)
+        assert done.stderr == "[]\n"
+
+
+def test_the_version_is_printed():
+    assert re.fullmatch(r"tcompress \d+\.\d+\.\d+\n", run("--version", capture_output=True).stdout)
+
+
+@pytest.fixture
+def slow_model(tmp_path: Path) -> Path:
+    """Layers enough that a run is still busy when the signal comes."""
+    tensors = {f"layers.{n}.weight": torch.randn(1200, 1200) for n in range(12)}
+    save_file(tensors, tmp_path / "slow.safetensors")
+    return tmp_path / "slow.safetensors"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("delay", [0.3, None], ids=["while importing", "while working"])
+def test_a_signal_stops_the_run_and_leaves_nothing_behind(slow_model, tmp_path, sent, code, delay):
+    arguments = [
+        "compress",
+        str(slow_model),
+        "--format",
+        "svd",
+        "--tolerance",
+        "0.2",
+        "-o",
+        str(tmp_path / "o.safetensors"),
+    ]
+    process = subprocess.Popen([*TCOMPRESS, *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    if delay is not None:
+        time.sleep(delay)
+    else:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline and not _is_working(process.pid):
+            time.sleep(0.05)
+    process.send_signal(sent)
+    sent_at = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert time.monotonic() - sent_at < 5
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["slow.safetensors"]
+
+
+def _is_working(pid: int) -> bool:
+    """Whether torch has been loaded for a while, told by its threads."""
+    try:
+        return len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
+    except FileNotFoundError:
+        return True
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    save_file({f"layer{n}.weight": torch.randn(20, 20) for n in range(2000)}, tmp_path / "m.safetensors")
+    command = f"{sys.executable} -m tcompress inspect {tmp_path / 'm.safetensors'} | head -1"
+    done = subprocess.run(command, shell=True, env=ENVIRONMENT, text=True, check=True, capture_output=True)
+    assert done.stdout.startswith("tensor")
+    assert done.stderr == ""
+
+
+def test_progress_is_shown_on_a_terminal_and_only_there(model_file, tmp_path):
+    arguments = [*TCOMPRESS, "compress", str(model_file), "--format", "svd", "--rank", "2"]
+    quiet = subprocess.run(
+        [*arguments, "-o", "a.safetensors"], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, check=True
+    )
+    assert quiet.stderr == b""
+    assert b"\x1b" not in quiet.stdout
+    ours, theirs = pty.openpty()
+    environment = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "150"}
+    process = subprocess.Popen(
+        [*arguments, "-o", "b.safetensors"], env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=theirs
+    )
+    os.close(theirs)
+    shown = _read_all(ours)
+    assert process.wait() == 0
+    assert "layer 5 of 5" in shown
+
+
+def _read_all(terminal: int) -> str:
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    except OSError:  # the other end is closed
+        pass
+    os.close(terminal)
+    return shown.decode(errors="replace")
+
+
+def test_no_color_is_honoured(model_file):
+    ours, theirs = pty.openpty()
+    environment = {**ENVIRONMENT, "TERM": "xterm-256color", "NO_COLOR": "1", "COLUMNS": "150"}
+    command = [*TCOMPRESS, "inspect", str(model_file)]
+    process = subprocess.Popen(command, env=environment, stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    shown = _read_all(ours)
+    assert process.wait() == 0
+    assert "fc.weight" in shown
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", shown)
+
+
+def test_completion_knows_the_commands():
+    environment = {
+        **ENVIRONMENT,
+        "_TCOMPRESS_COMPLETE": "complete_bash",
+        "COMP_WORDS": "tcompress de",
+        "COMP_CWORD": "1",
+    }
+    program = "import sys; sys.argv[0] = 'tcompress'; from tcompress.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, text=True, check=False, capture_output=True)
+    assert done.stdout.split() == ["decompress"]
+
+
+def test_an_internal_error_is_one_line_and_debug_shows_the_rest(tmp_path):
+    program = (
+        "import sys, tcompress.workflow.inspection as i\n"
+        "def broken(c): raise ZeroDivisionError('oops')\n"
+        "i.inspect = broken\n"
+        "from tcompress.cli.app import run\n"
+        "sys.exit(run(sys.argv[1:]))"
+    )
+    save_file({"a": torch.ones(1)}, tmp_path / "m.safetensors")
+    for debug, lines in (([], 1), (["--debug"], 5)):
+        command = [sys.executable, "-c", program, *debug, "inspect", str(tmp_path / "m.safetensors")]
+        done = subprocess.run(command, env=ENVIRONMENT, text=True, check=False, capture_output=True)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == "error: internal error: ZeroDivisionError: oops; --debug shows more"
+        assert len(done.stderr.splitlines()) >= lines
+        assert ("Traceback" in done.stderr) == bool(debug)

@@ -1,0 +1,239 @@
+"""The laws of formats/base.py, for every format there is and every kind of weight."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tcompress.encodings import cheapest
+from tcompress.errors import FormatError
+from tcompress.formats import FORMATS, from_dict, make, parse, to_dict
+
+SHAPES = {
+    "square": (24, 24),
+    "wide": (10, 60),
+    "tall": (60, 10),
+    "prime": (31, 37),
+    "one row": (1, 40),
+    "one column": (40, 1),
+    "conv1d": (12, 6, 5),
+    "conv2d": (16, 8, 3, 3),
+    "conv3d": (8, 4, 3, 3, 3),
+    "grouped conv": (12, 3, 3, 3),
+    "depthwise conv": (24, 1, 3, 3),
+    "embedding": (50, 12),
+}
+everywhere = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+every_format = pytest.mark.parametrize("format_type", FORMATS.values(), ids=FORMATS.keys())
+
+
+def weight_of(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def settings(format_type, shape):
+    """From poor to rich: what fits a tenth, a third and all of the dense bytes."""
+    dense = math.prod(shape) * 4
+    found = [format_type.within(shape, torch.float32, int(part * dense)) for part in (0.1, 0.35, 0.7, 4)]
+    return [setting for setting in found if setting is not None]
+
+
+def error(weight, factorization):
+    return float((weight - factorization.reconstruct().detach()).norm() / weight.norm())
+
+
+@everywhere
+@every_format
+def test_the_reconstruction_has_the_weights_shape(format_type, shape):
+    for setting in settings(format_type, shape):
+        assert tuple(setting.fit(weight_of(shape)).reconstruct().shape) == shape
+
+
+@everywhere
+@every_format
+def test_at_full_setting_the_weight_comes_back(format_type, shape):
+    full = settings(format_type, shape)[-1]
+    assert full.richer(shape) is None
+    assert error(weight_of(shape), full.fit(weight_of(shape))) < 1e-5
+
+
+@everywhere
+@every_format
+def test_more_stored_bytes_never_mean_a_larger_error(format_type, shape):
+    weight = weight_of(shape)
+    found = [(s.stored_bytes(shape, torch.float32), error(weight, s.fit(weight))) for s in settings(format_type, shape)]
+    for (poor_bytes, poor_error), (rich_bytes, rich_error) in pairwise(found):
+        assert rich_bytes >= poor_bytes
+        assert rich_error <= poor_error + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (20, 24)])
+@every_format
+def test_linear_equals_the_dense_operation(format_type, shape):
+    for setting in settings(format_type, shape):
+        factorization = setting.fit(weight_of(shape))
+        x = weight_of((5, 3, shape[1]), seed=1)
+        torch.testing.assert_close(factorization.linear(x), F.linear(x, factorization.reconstruct()))
+
+
+GEOMETRIES = {
+    "plain": ((16, 8, 3, 3), {}),
+    "strided": ((16, 8, 3, 3), {"stride": 2, "padding": 1}),
+    "dilated": ((16, 8, 3, 3), {"dilation": 2, "padding": 2}),
+    "padded by name": ((16, 8, 3, 3), {"padding": "same"}),
+    "1d": ((12, 6, 5), {"stride": 2, "padding": 2}),
+    "3d": ((8, 4, 3, 3, 3), {"padding": 1}),
+    "grouped": ((12, 3, 3, 3), {"groups": 4, "padding": 1}),
+    "depthwise": ((24, 1, 3, 3), {"groups": 24, "stride": 2}),
+}
+
+
+@pytest.mark.parametrize(("shape", "geometry"), GEOMETRIES.values(), ids=GEOMETRIES.keys())
+@every_format
+def test_conv_equals_the_dense_operation(format_type, shape, geometry):
+    dense = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[len(shape)]
+    x = weight_of((2, shape[1] * geometry.get("groups", 1), *[9] * (len(shape) - 2)), seed=1)
+    for setting in settings(format_type, shape):
+        factorization = setting.fit(weight_of(shape))
+        expected = dense(x, factorization.reconstruct(), **geometry)
+        torch.testing.assert_close(factorization.conv(x, **geometry), expected, rtol=1e-4, atol=1e-4)
+
+
+@every_format
+def test_embedding_equals_the_dense_operation(format_type):
+    ids = torch.tensor([[0, 49, 7], [3, 3, 1]])
+    for setting in settings(format_type, (50, 12)):
+        factorization = setting.fit(weight_of((50, 12)))
+        torch.testing.assert_close(factorization.embedding(ids), F.embedding(ids, factorization.reconstruct()))
+
+
+@everywhere
+@every_format
+def test_loading_the_factors_gives_the_same_weight(format_type, shape):
+    for setting in settings(format_type, shape):
+        fitted = setting.fit(weight_of(shape))
+        again = format_type.load(shape, dict(fitted.state_dict()))
+        assert torch.equal(again.reconstruct(), fitted.reconstruct())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@everywhere
+@every_format
+def test_stored_bytes_are_those_of_the_encoded_factors(format_type, shape, dtype):
+    weight = weight_of(shape)
+    for setting in settings(format_type, shape):
+        factors = setting.fit(weight).state_dict()
+        planned = setting.factor_specs(shape, dtype, nonzeros=weight.numel())
+        parts = [
+            part
+            for name, factor in factors.items()
+            for part in cheapest(planned[name]).encode(factor.to(dtype)).values()
+        ]
+        assert sum(part.nbytes for part in parts) == setting.stored_bytes(shape, dtype, weight.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@everywhere
+@every_format
+def test_within_fits_the_budget_and_one_step_richer_does_not(format_type, shape, dtype):
+    for part in (0.05, 0.3, 0.6, 0.9):
+        budget = int(part * math.prod(shape) * dtype.itemsize)
+        setting = format_type.within(shape, dtype, budget)
+        if setting is None:
+            continue
+        assert setting.stored_bytes(shape, dtype) <= budget
+        richer = setting.richer(shape)
+        assert richer is None or richer.stored_bytes(shape, dtype) > budget
+
+
+@every_format
+def test_a_budget_of_nothing_fits_nothing(format_type):
+    assert format_type.within((24, 24), torch.float32, 0) is None
+
+
+@everywhere
+@every_format
+@pytest.mark.parametrize("relative_error", [0.5, 0.1, 0.01])
+def test_reaching_is_the_smallest_setting_within_the_error(format_type, shape, relative_error):
+    weight = weight_of(shape)
+    setting = format_type.reaching(weight, relative_error)
+    assert error(weight, setting.fit(weight)) <= relative_error + 1e-6
+    size = getattr(setting, setting.size_option)
+    smaller = size - 1 if isinstance(size, int) else size - 1 / weight.numel()
+    if smaller > 0:
+        assert error(weight, make(format_type, {setting.size_option: smaller}).fit(weight)) > relative_error - 1e-6
+
+
+@everywhere
+@every_format
+def test_json_and_back_is_the_same_format(format_type, shape):
+    for setting in settings(format_type, shape):
+        assert from_dict(to_dict(setting)) == setting
+        name, options = parse(str(setting))
+        assert make(name, options) == setting
+
+
+@everywhere
+@every_format
+def test_fitting_twice_gives_equal_factors_and_leaves_the_weight_alone(format_type, shape):
+    weight = weight_of(shape)
+    before = weight.clone()
+    for setting in settings(format_type, shape):
+        first, second = setting.fit(weight).state_dict(), setting.fit(weight).state_dict()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(weight, before)
+
+
+@every_format
+def test_a_sweep_gives_what_single_fits_give(format_type):
+    weight = weight_of((40, 30))
+    wanted = settings(format_type, (40, 30))
+    for setting, swept in zip(wanted, format_type.sweep(weight, wanted), strict=True):
+        torch.testing.assert_close(swept.reconstruct(), setting.fit(weight).reconstruct(), rtol=1e-4, atol=1e-4)
+
+
+@every_format
+def test_gradients_reach_every_factor(format_type):
+    factorization = settings(format_type, (24, 20))[0].fit(weight_of((24, 20)))
+    factorization.linear(weight_of((5, 20))).square().sum().backward()
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in factorization.parameters()
+    )
+
+
+EDGE_CASES = {
+    "all zero": torch.zeros(12, 9),
+    "constant": torch.full((12, 9), 3.0),
+    "rank one": torch.outer(torch.arange(1.0, 13), torch.arange(1.0, 10)),
+    "huge": weight_of((12, 9)) * 1e37,
+    "tiny": weight_of((12, 9)) * 1e-36,
+    "one value": torch.nn.functional.pad(torch.ones(1, 1), (3, 5, 4, 7)),
+}
+
+
+@pytest.mark.parametrize("weight", EDGE_CASES.values(), ids=EDGE_CASES.keys())
+@every_format
+def test_awkward_weights_give_finite_factors(format_type, weight):
+    for setting in [*settings(format_type, tuple(weight.shape)), format_type.reaching(weight, 0.1)]:
+        rebuilt = setting.fit(weight).reconstruct()
+        assert torch.isfinite(rebuilt).all()
+        assert (weight - rebuilt).double().norm() <= weight.double().norm() * (1 + 1e-6)
+
+
+@every_format
+def test_factors_that_do_not_make_the_shape_are_refused(format_type):
+    factors = dict(settings(format_type, (24, 20))[0].fit(weight_of((24, 20))).state_dict())
+    with pytest.raises(FormatError, match=f"^{format_type.name}: "):
+        format_type.load((24, 21), factors)
+    with pytest.raises(FormatError, match=f"^{format_type.name}: has factors"):
+        format_type.load((24, 20), {**factors, "surplus": torch.ones(1)})
+
+
+@every_format
+def test_unknown_options_are_told_with_those_there_are(format_type):
+    with pytest.raises(FormatError, match=f"^{format_type.name}: has no option colour; it has "):
+        parse(f"{format_type.name}:colour=blue")
