@@ -19,6 +19,7 @@ from tcompress.checkpoint.dtypes import BY_NAME, DType
 from tcompress.checkpoint.layers import LayerKind
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.safetensors_file import parse_object
+from tcompress.checkpoint.state_dict import MAX_DEPTH
 from tcompress.errors import InputError, UnsupportedError
 
 METADATA_KEY = "tcompress"
@@ -184,6 +185,9 @@ def parse_manifest(text: str, path: Path) -> Manifest:
             raise InputError(
                 "its tcompress manifest ties or rebuilds it with something that is no text", path=path, tensor=name
             )
+    key = source.get("key")
+    if isinstance(key, str) and key.count(".") >= MAX_DEPTH:
+        raise InputError(f"its tcompress manifest has a key nested deeper than {MAX_DEPTH}", path=path)
     entries = {name: _entry(name, entry, path) for name, entry in layers.items()}
     return Manifest(writer=writer, source=source, tied=tied, rebuild=rebuild, layers=entries)
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-import tcompress
 from tcompress.cli import analyze, compress, decompress, formats, inspect, verify
 from tcompress.errors import TcompressError, printable
+from tcompress.version import __version__
 
 INTERNAL_ERROR, OUT_OF_MEMORY, SYSTEM_ERROR, INTERRUPTED, TERMINATED, BROKEN_PIPE = 1, 5, 7, 130, 143, 141
 
@@ -46,7 +46,7 @@ _stopped_by: list[int] = []  # signals that asked this process to stop
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        sys.stdout.write(f"tcompress {tcompress.__version__}\n")
+        sys.stdout.write(f"tcompress {__version__}\n")
         raise typer.Exit
 
 

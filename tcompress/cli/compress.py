@@ -111,7 +111,7 @@ def compress(
     from tcompress.cli.names import default_output
     from tcompress.report.documents import compression_document
     from tcompress.report.tables import compression_view
-    from tcompress.report.writing import check_report_path, json_text, write_report
+    from tcompress.report.writing import PLAN_SUFFIXES, REPORT_SUFFIXES, check_path, write_plan, write_report
     from tcompress.workflow import compression
     from tcompress.workflow.planning import Settings
 
@@ -120,8 +120,8 @@ def compress(
     )
     settings = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite)
     shard_bytes, byte_limit = parse_size(max_shard_size, "--max-shard-size"), parse_size(max_bytes, "--max-bytes")
-    if report is not None:
-        check_report_path(report)
+    check_path(report, REPORT_SUFFIXES)
+    check_path(save_plan, PLAN_SUFFIXES)
     set_threads(threads)
     with open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
         if dry_run:
@@ -141,7 +141,7 @@ def compress(
     exceeded = _exceeded(result, max_error, byte_limit, min_ratio)
     document = compression_document(result, exceeded)
     if save_plan is not None:
-        save_plan.write_text(json_text(document["plan"]), "utf-8")
+        write_plan(save_plan, document["plan"])
     if report is not None:
         write_report(report, document)
     show(document, compression_view(document), as_json=as_json)

@@ -5,6 +5,7 @@ Letters: n = number of values, k = number kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,21 +26,31 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
     values: any shape, finite. Of equal magnitudes those that come first in row-major order are kept, so that exactly
     ``count`` survive and the same input gives the same support.
     """
-    values, n = values.contiguous(), values.numel()
-    if count >= n:
-        return values.clone()
-    if count <= 0:
-        return torch.zeros_like(values)
+    flat = values.detach().reshape(-1)
+    if count >= flat.numel():
+        return flat.clone().reshape(values.shape)
+    kept = torch.zeros_like(flat)
+    if count > 0:
+        threshold, ties = _threshold(flat, count)
+        for block, target in zip(torch.split(flat, _BLOCK), torch.split(kept, _BLOCK), strict=True):
+            magnitude = block.abs()
+            mask = magnitude > threshold
+            if ties:
+                equal = (magnitude == threshold).nonzero()[:ties, 0]
+                mask[equal] = True
+                ties -= len(equal)
+            target.copy_(torch.where(mask, block, 0))
+    return kept.reshape(values.shape)
+
+
+def _threshold(flat: Tensor, count: int) -> tuple[float, int]:
+    """Return the ``count``-th largest magnitude, and how many that equal it are among the ``count`` largest."""
     # In place on one copy: torch.kthvalue would hold a 64-bit index beside every value.
-    magnitude = values.detach().abs().reshape(-1).cpu().numpy()
-    magnitude.partition(n - count)
-    threshold = float(magnitude[n - count])
-    del magnitude
-    mask = (values > threshold) | (values < -threshold)
-    missing = count - int(mask.sum())
-    ties = ((values == threshold) | (values == -threshold)).reshape(-1).nonzero()[:missing, 0]
-    mask.view(-1)[ties] = True
-    return torch.where(mask, values, 0)
+    magnitude = flat.abs().cpu().numpy()
+    magnitude.partition(magnitude.size - count)
+    largest = magnitude[magnitude.size - count :]
+    threshold = largest[0]
+    return float(threshold), int(count - np.count_nonzero(largest > threshold))
 
 
 def smallest_count_for_error(values: Tensor, relative_error: float) -> int:
@@ -47,7 +58,8 @@ def smallest_count_for_error(values: Tensor, relative_error: float) -> int:
 
     values: any shape, finite. Zeros are never counted, so an error of 0 gives the number of nonzeros.
     """
-    magnitude = np.sort(values.detach().abs().reshape(-1).cpu().numpy())
+    magnitude = values.detach().abs().reshape(-1).cpu().numpy()
+    magnitude.sort()
     if magnitude[-1] == 0:
         return 0
     blocks = [magnitude[start : start + _BLOCK] for start in range(0, magnitude.size, _BLOCK)]
@@ -72,19 +84,20 @@ def coarse_counts(values: Tensor) -> Array:
     As bit patterns, magnitudes of floats are ordered like integers, so a histogram of patterns finds any threshold
     exactly and in one pass over the values, whatever their range.
     """
-    return _counted(_patterns(values) >> _FINE_BITS, COARSE_BINS)
+    return _counted((patterns >> _FINE_BITS for patterns in _patterns(values)), COARSE_BINS)
 
 
 def fine_counts(values: Tensor, coarse_bin: int) -> Array:
     """Count the values of one coarse bin by the lower 15 bits of their magnitude: (32768,) int64."""
-    patterns = _patterns(values)
-    return _counted(patterns[patterns >> _FINE_BITS == coarse_bin] & ((1 << _FINE_BITS) - 1), 1 << _FINE_BITS)
+    inside = (patterns[patterns >> _FINE_BITS == coarse_bin] for patterns in _patterns(values))
+    return _counted((patterns & ((1 << _FINE_BITS) - 1) for patterns in inside), 1 << _FINE_BITS)
 
 
 def counts_around(values: Tensor, coarse_bin: int, fine_bin: int) -> tuple[int, int]:
     """Return how many magnitudes lie above the threshold that the two bins name, and how many are equal to it."""
-    threshold, patterns = (coarse_bin << _FINE_BITS) | fine_bin, _patterns(values)
-    return int((patterns > threshold).sum()), int((patterns == threshold).sum())
+    threshold = (coarse_bin << _FINE_BITS) | fine_bin
+    found = [(int((p > threshold).sum()), int((p == threshold).sum())) for p in _patterns(values)]
+    return sum(above for above, _ in found), sum(equal for _, equal in found)
 
 
 def threshold_bin(counts: Array, count: int) -> tuple[int, int]:
@@ -94,10 +107,11 @@ def threshold_bin(counts: Array, count: int) -> tuple[int, int]:
     return len(counts) - 1 - position, int(from_above[position] - counts[::-1][position])
 
 
-def _patterns(values: Tensor) -> Array:
-    return values.detach().to(torch.float32).cpu().contiguous().view(torch.int32).reshape(-1).numpy() & _SIGNLESS
+def _patterns(values: Tensor) -> Iterator[Array]:
+    """Yield the magnitudes' bit patterns block by block: int32, not negative."""
+    for block in torch.split(values.detach().reshape(-1), _BLOCK):
+        yield block.to(torch.float32).cpu().view(torch.int32).numpy() & _SIGNLESS
 
 
-def _counted(bins: Array, size: int) -> Array:
-    blocks = (np.bincount(bins[start : start + _BLOCK], minlength=size) for start in range(0, bins.size, _BLOCK))
-    return sum(blocks, start=np.zeros(size, dtype=np.int64))
+def _counted(blocks: Iterable[Array], size: int) -> Array:
+    return sum((np.bincount(bins, minlength=size) for bins in blocks), start=np.zeros(size, dtype=np.int64))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import tcompress
 from tcompress.formats import FORMATS
+from tcompress.version import __version__
 from tcompress.workflow.results import (
     Analysis,
     AnalysisRow,
@@ -142,7 +142,7 @@ def formats_document() -> Document:
 
 
 def _head(command: str) -> Document:
-    return {"schema": SCHEMA, "command": command, "tool": f"tcompress {tcompress.__version__}"}
+    return {"schema": SCHEMA, "command": command, "tool": f"tcompress {__version__}"}
 
 
 def _tail(seconds: float) -> Document:

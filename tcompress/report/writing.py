@@ -9,24 +9,35 @@ from tcompress.errors import OutputError, UsageError
 from tcompress.report.documents import Document
 from tcompress.report.markdown import compression_markdown
 
-SUFFIXES = (".json", ".md")
+REPORT_SUFFIXES = (".json", ".md")
+PLAN_SUFFIXES = (".json",)
 
 
-def check_report_path(path: Path) -> None:
-    """Raise UsageError or OutputError when a report could not be written there, before any work is done."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"a report ends with {' or '.join(SUFFIXES)}", path=path)
+def check_path(path: Path | None, suffixes: tuple[str, ...]) -> None:
+    """Raise UsageError or OutputError when a document could not be written there, before any work is done."""
+    if path is None:
+        return
+    if path.suffix not in suffixes:
+        raise UsageError(f"must end with {' or '.join(suffixes)}", path=path)
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist", path=path)
 
 
 def write_report(path: Path, document: Document) -> None:
     """Write the report of ``compress``. Raises OutputError when it cannot be written."""
-    text = compression_markdown(document) if path.suffix == ".md" else json_text(document)
+    _write(path, compression_markdown(document) if path.suffix == ".md" else json_text(document))
+
+
+def write_plan(path: Path, plan: Document) -> None:
+    """Write a plan to be edited. Raises OutputError when it cannot be written."""
+    _write(path, json_text(plan))
+
+
+def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, "utf-8")
     except OSError as error:
-        raise OutputError(f"the report cannot be written ({error.strerror})", path=path) from error
+        raise OutputError(f"cannot be written ({error.strerror})", path=path) from error
 
 
 def json_text(document: Document) -> str:

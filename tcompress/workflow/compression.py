@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import tcompress
 from tcompress.checkpoint import shards
 from tcompress.checkpoint.companions import copy_companions
 from tcompress.checkpoint.layers import find_layers
@@ -20,6 +19,7 @@ from tcompress.checkpoint.shards import Contents, Layout
 from tcompress.checkpoint.writer import Piece, Spool
 from tcompress.encodings import cheapest
 from tcompress.errors import FormatError, NumericalError, UsageError
+from tcompress.version import __version__
 from tcompress.workflow.fitting import Fitted, fit
 from tcompress.workflow.layout import entry_of, pieces_of, stored_name
 from tcompress.workflow.plan import Plan
@@ -193,7 +193,7 @@ def _contents(checkpoint: Checkpoint, packed: Mapping[str, Packed], source: Stor
     if checkpoint.sharded:
         origin["shard_bytes"] = max(path.stat().st_size for path in checkpoint.files)
     manifest = Manifest(
-        writer=f"tcompress {tcompress.__version__}",
+        writer=f"tcompress {__version__}",
         source=origin,
         tied=dict(checkpoint.tied),
         rebuild={layer.entry.format: layer.rebuild for layer in packed.values()},

@@ -14,7 +14,7 @@ from tcompress.checkpoint.memory import require_memory
 from tcompress.checkpoint.reader import Checkpoint, TensorInfo
 from tcompress.encodings import ENCODINGS, FactorSpec
 from tcompress.errors import FormatError, InputError, UnsupportedError
-from tcompress.formats import FORMATS
+from tcompress.formats import FORMATS, Format, make
 from tcompress.workflow.fitting import rebuild
 from tcompress.workflow.layout import stored_name
 
@@ -48,6 +48,16 @@ class CompressedView:
         for second, first in self.manifest.tied.items():
             found[second] = TensorInfo(second, found[first].shape, found[first].dtype)
         return found
+
+    def setting(self, layer: str) -> Format:
+        """Return the format that a layer's entry describes. Raises InputError for options that make no sense."""
+        entry = self.manifest.layers[layer]
+        try:
+            return make(FORMATS[entry.format], entry.options)
+        except FormatError as error:
+            raise InputError(
+                "has senseless options in its manifest entry", path=self.checkpoint.path, tensor=layer
+            ) from error
 
     def stored_bytes(self, layer: str) -> int:
         """Bytes of a compressed layer's parts on disk."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from tcompress.checkpoint.manifest import figure
 from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.errors import NumericalError
-from tcompress.formats import Format
+from tcompress.formats import Factorization, Format
 
 _BLOCK = 1 << 20  # values compared in float64 at one time
 
@@ -65,7 +65,9 @@ def fit(weight: Tensor, setting: Format, *, store: torch.dtype, device: torch.de
 
     Raises NumericalError when a factor is not finite in the stored type.
     """
-    return next(fit_several(weight, [setting], store=store, device=device))
+    started = time.perf_counter()
+    factors = _stored(setting.fit(working_copy(weight, device)), setting, store)
+    return _measured(weight, setting, factors, device, started)
 
 
 def fit_several(
@@ -73,20 +75,29 @@ def fit_several(
 ) -> Iterator[Fitted]:
     """Fit several settings of one format, in their order, sharing what the format can share. Raises as ``fit``."""
     started = time.perf_counter()
-    shape = tuple(weight.shape)
-    for setting, factorization in zip(
-        settings, type(settings[0]).sweep(working_copy(weight, device), settings), strict=True
-    ):
-        factors = {name: factor.detach().to(store).cpu() for name, factor in factorization.state_dict().items()}
-        del factorization
-        if not all(bool(torch.isfinite(factor).all()) for factor in factors.values()):
-            raise NumericalError(f"{setting}: a factor is not finite as {str(store).removeprefix('torch.')}")
-        rebuilt = rebuild(type(setting), shape, factors, dtype=weight.dtype, device=device)
-        norm, error = compare(weight, rebuilt)
-        if not math.isfinite(error):
-            raise NumericalError(f"{setting}: its reconstruction is not finite")
-        yield Fitted(setting, shape, factors, figure(norm), figure(error), time.perf_counter() - started)
+    swept = type(settings[0]).sweep(working_copy(weight, device), settings)
+    for setting, factorization in zip(settings, swept, strict=True):
+        factors = _stored(factorization, setting, store)
+        yield _measured(weight, setting, factors, device, started)
         started = time.perf_counter()
+
+
+def _stored(factorization: Factorization, setting: Format, store: torch.dtype) -> dict[str, Tensor]:
+    factors = {name: factor.detach().to(store).cpu() for name, factor in factorization.state_dict().items()}
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors.values()):
+        raise NumericalError(f"{setting}: a factor is not finite as {str(store).removeprefix('torch.')}")
+    return factors
+
+
+def _measured(
+    weight: Tensor, setting: Format, factors: dict[str, Tensor], device: torch.device, started: float
+) -> Fitted:
+    shape = tuple(weight.shape)
+    rebuilt = rebuild(type(setting), shape, factors, dtype=weight.dtype, device=device)
+    norm, error = compare(weight, rebuilt)
+    if not math.isfinite(error):
+        raise NumericalError(f"{setting}: its reconstruction is not finite")
+    return Fitted(setting, shape, factors, figure(norm), figure(error), time.perf_counter() - started)
 
 
 def rebuild(

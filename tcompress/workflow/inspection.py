@@ -5,7 +5,6 @@ from __future__ import annotations
 from tcompress.checkpoint.layers import layer_of
 from tcompress.checkpoint.manifest import METADATA_KEY, is_compressed
 from tcompress.checkpoint.reader import Checkpoint
-from tcompress.formats import FORMATS, make
 from tcompress.workflow.decoding import view
 from tcompress.workflow.results import Inspection, InspectionRow
 
@@ -60,7 +59,7 @@ def _compressed_rows(checkpoint: Checkpoint) -> list[InspectionRow]:
                 dense_bytes=info.nbytes,
                 stored_bytes=stored,
                 kind=str(entry.kind) if entry else None if layer is None else str(layer.kind),
-                format=None if entry is None else str(make(FORMATS[entry.format], entry.options)),
+                format=None if entry is None else str(dense.setting(name)),
                 relative_error=None if entry is None else entry.relative_error,
                 tied_to=tied_to,
             )

@@ -15,7 +15,6 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.safetensors_file import SafetensorsFile
 from tcompress.checkpoint.sharded import ShardedCheckpoint
 from tcompress.errors import TcompressError
-from tcompress.formats import find_format, make
 from tcompress.workflow.decoding import CompressedView, view
 from tcompress.workflow.fitting import compare
 from tcompress.workflow.progress import Progress, silent, steps
@@ -88,7 +87,7 @@ def _layer(dense: CompressedView, layer: Layer, against: Checkpoint | None, devi
 
 def _contradictions(dense: CompressedView, layer: Layer, entry: Entry) -> Iterator[str]:
     """Compare what the options announce with the factors that are there."""
-    setting = make(find_format(entry.format), entry.options)
+    setting = dense.setting(layer.name)
     factors = dict(dense.factors(layer.name))
     for name, spec in setting.factor_specs(entry.shape, next(iter(factors.values())).dtype).items():
         there = tuple(factors[name].shape) if name in factors else None

@@ -22,8 +22,10 @@ from tcompress.checkpoint.dtypes import BY_NAME
 from tcompress.checkpoint.mapped import bytes_of
 from tcompress.checkpoint.writer import Piece, write_file
 
-PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-IMPORT_TORCH = f"import torch; {PEAK}"
+PEAK = "from tcompress.workflow.results import peak_memory_bytes as peak; print(peak())"
+IMPORT_TORCH = (
+    """import torch, re; print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024)"""
+)
 RUN = (
     f"import sys; from tcompress.cli.app import run; code = run(sys.argv[1:]);{PEAK.replace('print(', 'print(code, ')}"
 )

@@ -228,7 +228,7 @@ def read_or_refuse(path, content):
     assert len(message.splitlines()) <= 1
 
 
-fuzz = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 edits = st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.binary(max_size=6), st.integers(0, 6)), max_size=6)
 
 

@@ -14,7 +14,7 @@ from tcompress.checkpoint.manifest import Entry, Factor, Manifest, compact_json,
 sane = st.floats(min_value=0, max_value=1.797693e308)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=400)
 @given(sane)
 @example(0.0)
 @example(5e-324)
@@ -30,7 +30,7 @@ def test_a_figure_is_never_rounded_down_and_hardly_up(value):
     assert figure(figure(value)) == figure(value)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=400)
 @given(sane)
 @example(9.999999e15)
 @example(1.234567e-300)
@@ -41,7 +41,7 @@ def test_no_figure_is_longer_than_the_room_that_is_reserved_for_it(value):
     assert len(compact_json(manifest.to_json())) <= len(compact_json(manifest.reserved().to_json()))
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(st.floats(min_value=1e-99, max_value=9.9e10))
 def test_figures_of_usual_size_have_at_most_13_characters(value):
     assert len(repr(figure(value))) <= 13

@@ -125,6 +125,13 @@ def test_ties_and_formulas_are_text(key, value):
     assert refusal(document) == problem
 
 
+def test_a_key_nested_deeper_than_any_checkpoint_is_refused():
+    document = {**MANIFEST.to_json(), "source": {"key": "a." * 49 + "a"}}
+    assert parse(document).source == document["source"]
+    document["source"]["key"] += ".a"
+    assert refusal(document) == "its tcompress manifest has a key nested deeper than 50"
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -272,7 +279,7 @@ changes = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(changes)
 def test_any_change_of_a_manifest_is_read_or_refused(edits):
     document = MANIFEST.to_json()
@@ -292,7 +299,7 @@ def test_any_change_of_a_manifest_is_read_or_refused(edits):
     assert len(message.splitlines()) <= 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text(max_size=30) | json_values.map(json.dumps))
 def test_any_text_is_read_or_refused(text):
     with pytest.raises(InputError):

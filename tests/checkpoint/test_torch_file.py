@@ -18,6 +18,8 @@ from tcompress.checkpoint.torch_file import TorchFile
 from tcompress.errors import InputError, SafetyError, UnsupportedError, UsageError
 
 ROOT = Path(__file__).parent.parent.parent
+# Before 2.11 PyTorch does not say where in the file a tensor without data lies: such files are read into memory.
+MAPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 MODELS = ROOT.parent / "shared" / "data" / "models"
 ZIP_AND_LEGACY = pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "legacy"])
 
@@ -390,7 +392,7 @@ def test_bytes_that_could_double_without_end_are_refused(path, as_zip):
 def test_a_record_that_is_smaller_than_its_tensor_is_refused(path):
     save({"first": torch.ones(2), "w": torch.ones(16)}, path)
     repack(path, replace={"data/1": bytes(20)})
-    refused(InputError, path, "tensor w", "claims 64 bytes, its record holds 20")
+    refused(InputError, path, *(["tensor w", "claims 64 bytes, its record holds 20"] if MAPS else []))
 
 
 def test_a_record_that_is_missing_is_refused(path):
@@ -608,6 +610,7 @@ def test_tensors_of_other_kinds_are_named(path, as_zip, make, words):
     refused(UnsupportedError, path, "tensor odd.one", words)
 
 
+@pytest.mark.skipif(not MAPS, reason="PyTorch 2.10 has the tensors in memory by then")
 def test_a_file_that_shrinks_while_it_is_open_is_noticed(path):
     with TorchFile(save({"w": torch.ones(600, 600)}, path)) as checkpoint:
         os.truncate(path, 1000)

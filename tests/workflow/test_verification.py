@@ -122,6 +122,7 @@ def test_the_manifest_beside_shards_is_compared_with_them(fixtures, tmp_path):
         (lambda m: m["layers"]["fc.weight"].update(format="magic"), "does not know"),
         (lambda m: m["layers"].update(other=m["layers"]["fc.weight"]), "is not in the file"),
         (lambda m: m.update(tied={"a": "b"}), "is tied to b, which cannot be"),
+        (lambda m: m["layers"]["fc.weight"].update(options={"density": [1] * 99}), "senseless options"),
         (lambda m: m.update(version=2), "reads up to version 1"),
     ],
 )
