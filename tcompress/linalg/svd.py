@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 from tcompress.errors import NumericalError
 
@@ -71,16 +72,19 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, 
 def singular_values(matrix: Tensor) -> Tensor:
     """Return all singular values of ``matrix``: (min(m, n),) float64, descending.
 
-    matrix: (m, n), float32 or float64, not empty. Raises NumericalError if an entry is NaN or infinite.
+    matrix: (m, n), float32 or float64, not empty. Raises NumericalError if an entry is NaN or infinite, or LAPACK fails.
 
     The float64 Gram matrix costs a fraction of a bidiagonalisation, but squares the condition number: a value below
     1e-6 of the largest would have fewer than three digits. Where there is one the matrix itself is decomposed.
     """
     scaled, exponent = _scaled(matrix.detach())
     tall = scaled if matrix.shape[0] >= matrix.shape[1] else scaled.T
-    values = torch.linalg.eigvalsh(_gram(tall)).flip(0).clamp_min(0).sqrt()
-    if values[-1] < _GRAM_RESOLVES * values[0]:
-        values = torch.linalg.svdvals(tall.double())
+    try:
+        values = torch.linalg.eigvalsh(_gram(tall)).flip(0).clamp_min(0).sqrt()
+        if values[-1] < _GRAM_RESOLVES * values[0]:
+            values = torch.linalg.svdvals(tall.double())
+    except LinAlgError as error:
+        raise NumericalError("the singular values do not converge") from error
     return _times_power_of_two(values, exponent)
 
 
@@ -149,13 +153,13 @@ def _gram_subspace(tall: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """
     if tall.dtype == torch.float32 and r < tall.shape[1]:
         gram = tall.T @ tall
-        short = torch.linalg.eigh(gram).eigenvectors[:, -r:].double()
+        short = _eigh(gram)[1][:, -r:].double()
         short = short @ _whitening(short.T @ short)
         images = (tall @ short.to(tall.dtype)).double()
         total = float(gram.diagonal().double().sum())
         if total - float(images.square().sum()) > _FLOAT32_DECOMPOSES * total:
             return images, short
-    short = torch.linalg.eigh(_gram(tall)).eigenvectors[:, -r:]
+    short = _eigh(_gram(tall))[1][:, -r:]
     return torch.cat([rows @ short for rows in _double_rows(tall)]), short
 
 
@@ -177,7 +181,7 @@ def _krylov_subspace(tall: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor] |
         image = tall @ block
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
         gram = _bordered(gram, (images.T @ image).double())
-        squares, rotation = torch.linalg.eigh(gram)  # Ritz values: lower bounds of the r largest squares
+        squares, rotation = _eigh(gram)  # Ritz values: lower bounds of the r largest squares
         kept = torch.cat([squares.new_zeros(r), squares])[-r:].clamp_min(0)  # a basis of a low rank may be narrower
         residual = total - float(kept.sum())
         if tall.dtype == torch.float32 and residual < _FLOAT32_MEASURES * total:
@@ -235,10 +239,29 @@ def _whitening(gram: Tensor) -> Tensor:
     """Return W (b, at most b) with W.T @ gram @ W the identity, without the directions that are rounding noise."""
     lower, failed = torch.linalg.cholesky_ex(gram)
     if not failed and lower.diagonal().min().square() > _DEPENDENT:
-        return torch.linalg.solve_triangular(lower, torch.eye(len(gram)).to(gram), upper=False).T
-    squares, vectors = torch.linalg.eigh(gram)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(gram)).to(gram), upper=False)
+        return inverse.T
+    squares, vectors = _eigh(gram)
     is_independent = squares > _DEPENDENT * squares[-1]
-    return vectors[:, is_independent] / squares[is_independent].sqrt()
+    scaled: Tensor = vectors[:, is_independent] / squares[is_independent].sqrt()
+    return scaled
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors of a matrix without negative eigenvalues.
+
+    LAPACK's divide and conquer fails to converge on a few matrices with many equal eigenvalues, another one in each
+    version; there the singular vectors, which are the same, mostly come out. Raises NumericalError where not.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except LinAlgError:
+        try:
+            vectors, values, _ = torch.linalg.svd(gram)
+        except LinAlgError as error:
+            raise NumericalError("the singular value decomposition does not converge") from error
+        return values.flip(0), vectors.flip(1)
+    return values, vectors
 
 
 def _bordered(gram: Tensor, border: Tensor) -> Tensor:
@@ -256,7 +279,7 @@ def _triplets(images: Tensor, short: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     images: (m, r); short: (n, r), orthonormal columns but for those that are zero.
     """
-    squares, rotation = torch.linalg.eigh(images.T @ images)
+    squares, rotation = _eigh(images.T @ images)
     squares, rotation = squares.flip(0), rotation.flip(1)
     images, short = images @ rotation, short @ rotation
     if squares[-1] > _GRADED**2 * squares[0]:

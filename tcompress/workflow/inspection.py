@@ -2,73 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tcompress.checkpoint.layers import layer_of
-from tcompress.checkpoint.manifest import METADATA_KEY, is_compressed
-from tcompress.checkpoint.reader import Checkpoint
-from tcompress.workflow.decoding import view
+from tcompress.checkpoint.manifest import METADATA_KEY, Manifest, is_compressed
+from tcompress.checkpoint.reader import Checkpoint, TensorInfo
+from tcompress.workflow.decoding import CompressedView, view
 from tcompress.workflow.results import Inspection, InspectionRow
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
     """Describe a dense or compressed checkpoint. Raises InputError when a manifest contradicts the tensors."""
-    compressed = is_compressed(checkpoint)
+    compressed = view(checkpoint) if is_compressed(checkpoint) else None
+    infos = checkpoint if compressed is None else compressed.infos
+    tied = checkpoint.tied if compressed is None else compressed.manifest.tied
     return Inspection(
         path=checkpoint.path,
         files=tuple(path.name for path in checkpoint.files),
         file_bytes=sum(path.stat().st_size for path in checkpoint.files),
-        rows=tuple(_compressed_rows(checkpoint) if compressed else _dense_rows(checkpoint)),
+        rows=tuple(_row(info, tied.get(name), compressed) for name, info in infos.items()),
         metadata={key: value for key, value in checkpoint.metadata.items() if key != METADATA_KEY},
-        manifest=_summary(checkpoint) if compressed else None,
+        manifest=None if compressed is None else _summary(compressed.manifest),
         key=checkpoint.key,
         other_values=checkpoint.other_values,
     )
 
 
-def _dense_rows(checkpoint: Checkpoint) -> list[InspectionRow]:
-    rows = []
-    for name, info in checkpoint.items():
-        layer, tied_to = layer_of(info), checkpoint.tied.get(name)
-        rows.append(
-            InspectionRow(
-                name=name,
-                shape=info.shape,
-                dtype=info.dtype.name,
-                dense_bytes=info.nbytes,
-                stored_bytes=0 if tied_to else info.nbytes,
-                kind=None if layer is None else str(layer.kind),
-                format=None,
-                relative_error=None,
-                tied_to=tied_to,
-            )
-        )
-    return rows
+def _row(info: TensorInfo, tied_to: str | None, compressed: CompressedView | None) -> InspectionRow:
+    layer = layer_of(info)
+    entry = None if compressed is None else compressed.manifest.layers.get(info.name)
+    row = InspectionRow(
+        name=info.name,
+        shape=info.shape,
+        dtype=info.dtype.name,
+        dense_bytes=info.nbytes,
+        stored_bytes=0 if tied_to else info.nbytes,
+        kind=None if layer is None else str(layer.kind),
+        format=None,
+        relative_error=None,
+        tied_to=tied_to,
+    )
+    if compressed is None or entry is None:
+        return row
+    return replace(
+        row,
+        stored_bytes=compressed.stored_bytes(info.name),
+        kind=str(entry.kind),
+        format=str(compressed.setting(info.name)),
+        relative_error=entry.relative_error,
+    )
 
 
-def _compressed_rows(checkpoint: Checkpoint) -> list[InspectionRow]:
-    dense = view(checkpoint)
-    rows = []
-    for name, info in dense.infos.items():
-        entry, tied_to = dense.manifest.layers.get(name), dense.manifest.tied.get(name)
-        layer = layer_of(info)
-        stored = 0 if tied_to else info.nbytes if entry is None else dense.stored_bytes(name)
-        rows.append(
-            InspectionRow(
-                name=name,
-                shape=info.shape,
-                dtype=info.dtype.name,
-                dense_bytes=info.nbytes,
-                stored_bytes=stored,
-                kind=str(entry.kind) if entry else None if layer is None else str(layer.kind),
-                format=None if entry is None else str(dense.setting(name)),
-                relative_error=None if entry is None else entry.relative_error,
-                tied_to=tied_to,
-            )
-        )
-    return rows
-
-
-def _summary(checkpoint: Checkpoint) -> dict[str, object]:
-    manifest = view(checkpoint).manifest
+def _summary(manifest: Manifest) -> dict[str, object]:
     return {
         "writer": manifest.writer,
         "source": dict(manifest.source),

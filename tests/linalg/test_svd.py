@@ -86,6 +86,12 @@ def test_the_error_is_within_a_thousandth_of_the_best_for_any_shape(shape: tuple
     assert_well_formed(matrix, *truncated_svd(matrix, rank))
 
 
+@pytest.mark.parametrize("rank", [10, 16, 20, 24])
+def test_a_small_matrix_of_fast_decay_is_within_a_thousandth_of_the_best(rank: int):
+    values = torch.exp(-torch.arange(60, dtype=torch.float64) / 2)  # beyond rank 16 a float32 Gram matrix is blind
+    assert_as_good_as_promised(with_spectrum(values, 80, 60), rank)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_no_start_misses_a_direction_hidden_among_flat_ones(seed: int):
     values = torch.ones(600, dtype=torch.float64)
@@ -276,3 +282,16 @@ def test_the_rank_for_an_error_reaches_it_and_one_less_does_not(relative_error: 
     norm = float(torch.linalg.norm(matrix.double()))
     assert error_of(matrix, *truncated_svd(matrix, rank)) <= relative_error * norm * (1 + 1e-3)
     assert rank == 1 or error_of(matrix, *truncated_svd(matrix, rank - 1)) > relative_error * norm
+
+
+@pytest.mark.parametrize("shape", [(80, 60), (900, 700)])
+def test_an_eigensolver_that_fails_to_converge_is_no_end(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]):
+    def fails(*_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("not converged")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert_as_good_as_promised(matrix, 8)
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    with pytest.raises(NumericalError, match="does not converge"):
+        truncated_svd(matrix, 8)
