@@ -17,7 +17,7 @@ Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 COARSE_BINS = 1 << 16
 _FINE_BITS = 15
 _SIGNLESS = 0x7FFFFFFF
-_BLOCK = 1 << 20  # values that are squared or counted at one time
+_BLOCK = 1 << 18  # values looked at at one time: they stay in the cache from one operation to the next
 
 
 def keep_largest(values: Tensor, count: int) -> Tensor:
@@ -31,15 +31,16 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
         return flat.clone().reshape(values.shape)
     kept = torch.zeros_like(flat)
     if count > 0:
-        threshold, ties = _threshold(flat, count)
+        (threshold, ties), zero = _threshold(flat, count), flat.new_zeros(())
         for block, target in zip(torch.split(flat, _BLOCK), torch.split(kept, _BLOCK), strict=True):
             magnitude = block.abs()
-            mask = magnitude > threshold
-            if ties:
-                equal = (magnitude == threshold).nonzero()[:ties, 0]
-                mask[equal] = True
-                ties -= len(equal)
-            target.copy_(torch.where(mask, block, 0))
+            mask = magnitude >= threshold
+            equal = magnitude == threshold
+            found = int(equal.sum())
+            if found > ties:
+                mask[equal.nonzero()[ties:, 0]] = False
+            ties = max(0, ties - found)
+            torch.where(mask, block, zero, out=target)
     return kept.reshape(values.shape)
 
 

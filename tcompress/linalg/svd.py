@@ -72,7 +72,7 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, 
 def singular_values(matrix: Tensor) -> Tensor:
     """Return all singular values of ``matrix``: (min(m, n),) float64, descending.
 
-    matrix: (m, n), float32 or float64, not empty. Raises NumericalError if an entry is NaN or infinite, or LAPACK fails.
+    matrix: (m, n), float32 or float64, not empty. Raises NumericalError for NaN and infinity, or if LAPACK fails.
 
     The float64 Gram matrix costs a fraction of a bidiagonalisation, but squares the condition number: a value below
     1e-6 of the largest would have fewer than three digits. Where there is one the matrix itself is decomposed.

@@ -15,7 +15,7 @@ from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.errors import NumericalError
 from tcompress.formats import Factorization, Format
 
-_BLOCK = 1 << 20  # values compared in float64 at one time
+_BLOCK = 1 << 18  # values compared at one time: they stay in the cache from one operation to the next
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,24 @@ def compare(weight: Tensor, rebuilt: Tensor) -> tuple[float, float]:
 
     An all-zero weight has error 0 when it came back as it was, else infinity.
     """
-    scale = float(weight.abs().max().double())
-    if scale == 0:
-        return 0.0, 0.0 if not rebuilt.any() else float("inf")
+    scale = _scale(weight)
     total = lost = 0.0
     for original, stored in zip(
         torch.split(weight.reshape(-1), _BLOCK), torch.split(rebuilt.reshape(-1), _BLOCK), strict=True
     ):
-        exact = original.double() / scale  # squares of 1e38 and of 1e-38 leave no range this way
-        total += float(exact.square().sum())
-        lost += float((exact - stored.double() / scale).square().sum())
-    return scale * total**0.5, (lost / total) ** 0.5
+        exact = working_copy(original, original.device) / scale
+        total += float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
+        exact -= working_copy(stored, stored.device) / scale
+        lost += float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
+    norm = math.sqrt(total)
+    if norm == 0:
+        return 0.0, 0.0 if lost == 0 else math.inf
+    return scale * norm, math.sqrt(lost) / norm
+
+
+def _scale(weight: Tensor) -> float:
+    """Return what float64 values are divided by before they are squared; squares of float32 stay within float64."""
+    if weight.dtype != torch.float64:
+        return 1.0
+    low, high = (float(bound) for bound in torch.aminmax(weight))
+    return max(-low, high) or 1.0
