@@ -128,10 +128,11 @@ def compare(weight: Tensor, rebuilt: Tensor) -> tuple[float, float]:
     for original, stored in zip(
         torch.split(weight.reshape(-1), _BLOCK), torch.split(rebuilt.reshape(-1), _BLOCK), strict=True
     ):
-        exact = working_copy(original, original.device) / scale
-        total += float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
-        exact -= working_copy(stored, stored.device) / scale
-        lost += float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
+        # All in float64: differences rounded to float32 could make an error smaller than it is.
+        exact = original.double() / scale
+        total += float(torch.linalg.vector_norm(exact)) ** 2
+        exact -= stored.double() / scale
+        lost += float(torch.linalg.vector_norm(exact)) ** 2
     norm = math.sqrt(total)
     if norm == 0:
         return 0.0, 0.0 if lost == 0 else math.inf
