@@ -10,7 +10,6 @@
     +-- NumericalError      6   NaN or Inf in the weights
     +-- OutputError         7   the output cannot be written
     +-- VerifyError         8   a compressed checkpoint is not what it says it is
-    +-- LockedError        75   another run holds the output
 
 130 and 143 are left for SIGINT and SIGTERM.
 """
@@ -93,9 +92,3 @@ class VerifyError(TcompressError):
     """A compressed checkpoint does not hold what its manifest says."""
 
     exit_code = 8
-
-
-class LockedError(TcompressError):
-    """Another run is writing the same output."""
-
-    exit_code = 75

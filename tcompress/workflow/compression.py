@@ -155,7 +155,8 @@ def _fit_all(
         for d in decisions
         if d.format is None
     }
-    return packed, [{**dense, **fitted}[decision.layer.name] for decision in decisions]
+    results = {**dense, **fitted}
+    return packed, [results[decision.layer.name] for decision in decisions]
 
 
 def _spooled(layer: str, found: Fitted, spool: Spool) -> list[Piece]:
