@@ -25,6 +25,12 @@ class Answer:
     err: str
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """On small matrices a second thread only waits, and where another process has its core, for long."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def fixtures() -> Path:
     return FIXTURES

@@ -45,6 +45,7 @@ class Factor:
 class Entry:
     """One compressed layer.
 
+    group: the group whose shared factors it uses beside its own.
     shape, dtype: of the dense weight. norm: its Frobenius norm. relative_error: of the weight that the stored factors
     give, in the weight's own dtype.
     """
@@ -57,10 +58,13 @@ class Entry:
     norm: float
     relative_error: float
     factors: Mapping[str, Factor]
+    group: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as it stands in the manifest."""
+        group = {} if self.group is None else {"group": self.group}
         return {
+            **group,
             "format": self.format,
             "options": dict(self.options),
             "kind": str(self.kind),
@@ -78,6 +82,7 @@ class Manifest:
 
     source: sha256 and bytes of the checkpoint it was made from, and what is needed to lay it out again.
     tied: second name -> first name. rebuild: format name -> formula. layers: weight name -> entry.
+    shared: group -> the factors that its members share.
     """
 
     writer: str
@@ -85,6 +90,11 @@ class Manifest:
     tied: Mapping[str, str] = field(default_factory=dict)
     rebuild: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, Entry] = field(default_factory=dict)
+    shared: Mapping[str, Mapping[str, Factor]] = field(default_factory=dict)
+
+    def members(self, group: str) -> list[str]:
+        """Return the layers of a group."""
+        return [name for name, entry in self.layers.items() if entry.group == group]
 
     def reserved(self) -> Manifest:
         """Return a manifest of the greatest length that this one can have once its figures are known."""
@@ -92,16 +102,26 @@ class Manifest:
         return replace(self, layers=widest)
 
     def only(self, names: Collection[str]) -> Manifest:
-        """Return the manifest of a shard that holds just these of the original's tensors, with their ties."""
-        chosen = {name: self.layers[name] for name in names if name in self.layers}
+        """Return the manifest of a shard that holds just these of the original's tensors, with their ties.
+
+        A group stands for all of its members, under the name that its shared tensors begin with.
+        """
+        groups = {group for group in self.shared if shared_stem(group) in names}
+        chosen = {name: entry for name, entry in self.layers.items() if name in names or entry.group in groups}
         formulas = {entry.format for entry in chosen.values()}
         rebuild = {name: text for name, text in self.rebuild.items() if name in formulas}
-        tied = {second: first for second, first in self.tied.items() if first in names}
-        return replace(self, layers=chosen, rebuild=rebuild, tied=tied)
+        tied = {second: first for second, first in self.tied.items() if first in names or first in chosen}
+        shared = {group: factors for group, factors in self.shared.items() if group in groups}
+        return replace(self, layers=chosen, rebuild=rebuild, tied=tied, shared=shared)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document, without the hashes that the writer adds."""
+        shared = {
+            group: {name: factor.to_json() for name, factor in factors.items()}
+            for group, factors in self.shared.items()
+        }
         return {
+            **({"shared": shared} if shared else {}),
             "version": VERSION,
             "writer": self.writer,
             "source": dict(self.source),
@@ -109,6 +129,11 @@ class Manifest:
             "rebuild": dict(self.rebuild),
             "layers": {name: entry.to_json() for name, entry in self.layers.items()},
         }
+
+
+def shared_stem(group: str) -> str:
+    """Return what the names of a group's shared tensors begin with, in place of a layer's name."""
+    return f"shared.{group}"
 
 
 def figure(value: float) -> float:
@@ -143,7 +168,7 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest:
             continue
         if manifest.source != found.source:
             raise InputError("is a shard of another checkpoint than the others", path=shard.path)
-        repeated = set(found.layers) & set(manifest.layers)
+        repeated = (set(found.layers) & set(manifest.layers)) | (set(found.shared) & set(manifest.shared))
         if repeated:
             raise InputError("is described in two shards", path=shard.path, tensor=min(repeated))
         found = replace(
@@ -151,6 +176,7 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest:
             layers={**found.layers, **manifest.layers},
             rebuild={**found.rebuild, **manifest.rebuild},
             tied={**found.tied, **manifest.tied},
+            shared={**found.shared, **manifest.shared},
         )
     assert found is not None, "a checkpoint has at least one shard"  # noqa: S101
     return found
@@ -189,7 +215,21 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     if isinstance(key, str) and key.count(".") >= MAX_DEPTH:
         raise InputError(f"its tcompress manifest has a key nested deeper than {MAX_DEPTH}", path=path)
     entries = {name: _entry(name, entry, path) for name, entry in layers.items()}
-    return Manifest(writer=writer, source=source, tied=tied, rebuild=rebuild, layers=entries)
+    shared = _shared(document.get("shared", {}), entries, path)
+    return Manifest(writer=writer, source=source, tied=tied, rebuild=rebuild, layers=entries, shared=shared)
+
+
+def _shared(groups: Any, entries: Mapping[str, Entry], path: Path) -> dict[str, dict[str, Factor]]:
+    """Parse the factors of groups: every group has members, and every member its group."""
+    used = {entry.group for entry in entries.values() if entry.group is not None}
+    if not isinstance(groups, dict) or set(groups) != used:
+        raise InputError("its tcompress manifest has groups without members, or members without groups", path=path)
+    parsed = {}
+    for group, factors in groups.items():
+        if not isinstance(factors, dict) or not factors:
+            raise InputError("its manifest entry of shared factors is damaged", path=path, tensor=group)
+        parsed[group] = {name: _factor(name, value, group, path) for name, value in factors.items()}
+    return parsed
 
 
 def _entry(name: str, entry: Any, path: Path) -> Entry:
@@ -209,8 +249,11 @@ def _entry(name: str, entry: Any, path: Path) -> Entry:
             raise InputError("its manifest entry is damaged", path=path, tensor=name)
     if not BY_NAME[dtype].is_floating:
         raise InputError(f"its manifest entry claims factors for {dtype} values", path=path, tensor=name)
+    group = entry.get("group")
+    if group is not None and not isinstance(group, str):
+        raise InputError("its manifest entry names a group that is no text", path=path, tensor=name)
     parsed = {factor: _factor(factor, value, name, path) for factor, value in factors.items()}
-    return Entry(format_name, options, LayerKind(kind), tuple(sizes), BY_NAME[dtype], norm, error, parsed)
+    return Entry(format_name, options, LayerKind(kind), tuple(sizes), BY_NAME[dtype], norm, error, parsed, group)
 
 
 def _factor(factor: str, value: Any, layer: str, path: Path) -> Factor:

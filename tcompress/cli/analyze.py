@@ -33,6 +33,13 @@ Formats = Annotated[
         metavar="FORMAT",
     ),
 ]
+Structure = Annotated[
+    bool,
+    typer.Option(
+        "--structure/--no-structure",
+        help="Fit low-rank formats to the shuffled weight as well: how much they gain from its structure.",
+    ),
+]
 Layers = Annotated[list[str] | None, typer.Option(help="Glob on layer names; may be repeated.", metavar="GLOB")]
 
 
@@ -43,6 +50,7 @@ def analyze(
     keep: Keep = None,
     tolerance: Tolerance = None,
     layers: Layers = None,
+    structure: Structure = True,
     dtype: DTypeName = None,
     key: Key = None,
     allow_nonfinite: AllowNonfinite = False,
@@ -70,6 +78,8 @@ def analyze(
     settings = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite)
     set_threads(threads)
     with open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
-        found = analysis.analyze(checkpoint, asked, layers=layers or (), settings=settings, progress=progress)
+        found = analysis.analyze(
+            checkpoint, asked, layers=layers or (), structure=structure, settings=settings, progress=progress
+        )
     document = analysis_document(found)
     show(document, analysis_view(document), as_json=as_json)

@@ -25,7 +25,7 @@ def choices(
 def quick_formats(*, with_rank: bool) -> list[str]:
     """Return the formats that are fitted in seconds, of those that have a rank when one is asked for."""
     quick = [name for name, format_type in FORMATS.items() if format_type.quick]
-    return [name for name in quick if not with_rank or FORMATS[name].size_option == "rank"]
+    return [name for name in quick if not with_rank or FORMATS[name].rank_option is not None]
 
 
 def _choice(text: str, rank: int | None, keep: float | None, tolerance: float | None, seed: int) -> Format | Target:
@@ -35,18 +35,19 @@ def _choice(text: str, rank: int | None, keep: float | None, tolerance: float | 
     budget = next(
         (name for name, value in (("rank", rank), ("keep", keep), ("tolerance", tolerance)) if value is not None), None
     )
-    if size in options:
+    given = {size, "ranks"} & set(options)
+    if given:
         if budget is not None:
-            raise UsageError(f"--format {text} says its {size} already; leave out --{budget}")
+            raise UsageError(f"--format {text} says its {min(given)} already; leave out --{budget}")
         return make(format_type, options)
-    if rank is not None and size != "rank":
+    if rank is not None and format_type.rank_option is None:
         raise UsageError(
             f"{format_type.name} has no rank; use --keep, --tolerance or --format {format_type.name}:{size}=..."
         )
     if rank is not None:
-        return make(format_type, {**options, "rank": rank})
+        return make(format_type, {**options, str(format_type.rank_option): rank})
     if budget is None:
-        own = "--rank" if size == "rank" else f"--format {format_type.name}:{size}=..."
+        own = "--rank" if format_type.rank_option is not None else f"--format {format_type.name}:{size}=..."
         raise UsageError(f"how much is to be kept? give {own}, --keep or --tolerance")
     return Target(format_type, options, keep=keep, tolerance=tolerance)
 

@@ -5,8 +5,11 @@ Letters: a weight is ``(out, in)``, ``(out, in / groups, *kernel)`` or ``(rows, 
 
 Laws, held by tests for every format: reconstruct() has the weight's shape; more stored bytes never mean a larger
 error; running through the factors equals the dense operation on reconstruct(); load(shape, factors) is identical;
-stored_bytes bounds the bytes on disk; within() fits and one step richer does not; fit is deterministic and leaves its
-input unchanged; no fit returns NaN.
+stored_bytes bounds the bytes on disk; within() fits and one step richer does not; pinned() gives the same factors;
+fit is deterministic and leaves its input unchanged; no fit returns NaN.
+
+Operations are counted in multiplications per input, with the dense weight taken to be at hand: that is how a model
+that runs often would hold it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -26,7 +29,7 @@ from tcompress.errors import FormatError
 
 Shape = tuple[int, ...]
 
-_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+CONV: Mapping[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 class Factorization(nn.Module, ABC):
@@ -38,14 +41,28 @@ class Factorization(nn.Module, ABC):
     def reconstruct(self) -> Tensor:
         """Return the dense weight, of ``self.shape``."""
 
+    def operations(self, *, groups: int = 1, steps: int = 1) -> int:
+        """Multiplications per output position on the way through the factors; the dense weight's where there is none.
+
+        groups: of the convolution. steps: input positions per output position, the product of its strides.
+        """
+        del groups, steps
+        return math.prod(self.shape)
+
+    def saves(self, **geometry: Any) -> bool:
+        """Tell whether the way through the factors takes fewer multiplications than the dense weight."""
+        stride = geometry.get("stride", 1)
+        strides = (stride,) if isinstance(stride, int) else tuple(stride)
+        steps = strides[0] ** max(0, len(self.shape) - 2) if len(strides) == 1 else math.prod(strides)
+        return self.operations(groups=int(geometry.get("groups", 1)), steps=steps) < math.prod(self.shape)
+
     def linear(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T`` for x: (..., in)."""
         return F.linear(x, self.reconstruct())
 
     def conv(self, x: Tensor, **geometry: Any) -> Tensor:
         """Return the convolution of x: (batch, channels, *sizes); geometry: stride, padding, dilation, groups."""
-        result: Tensor = _CONV[len(self.shape)](x, self.reconstruct(), **geometry)
-        return result
+        return CONV[len(self.shape)](x, self.reconstruct(), **geometry)
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Return the rows of the weight for integer ids of any shape: (*ids.shape, width)."""
@@ -57,6 +74,8 @@ class Format(ABC):
 
     name: on disk, in plans and on the command line; never changes its meaning once released.
     size_option: the field that says how much is kept; the other fields have defaults.
+
+    Every method that takes a shape raises FormatError where the setting cannot be applied to it.
     """
 
     name: ClassVar[str]
@@ -64,8 +83,11 @@ class Format(ABC):
     rebuild: ClassVar[str]  # the formula by which a stranger gets the weight from the factors
     reference: ClassVar[str]  # the paper
     size_option: ClassVar[str]
+    rank_option: ClassVar[str | None] = "rank"  # what --rank sets; None for a format that has nothing of the kind
     has_threshold: ClassVar[bool] = False  # keeps values by magnitude, so that layers can share one threshold
     quick: ClassVar[bool]  # fitted in seconds, so that `analyze` tries it unasked
+    adapts: ClassVar[bool] = False  # best_within looks at the weight
+    exact_bytes: ClassVar[bool] = True  # known before the fit; else stored_bytes is an upper bound until then
 
     @abstractmethod
     def fit(self, weight: Tensor) -> Factorization:
@@ -91,14 +113,34 @@ class Format(ABC):
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:
         """Return the smallest setting whose error in exact arithmetic is at most ``relative_error``."""
 
+    @classmethod
+    def best_within(cls, weight: Tensor, dtype: torch.dtype, budget_bytes: int, **options: Any) -> Self | None:
+        """Return the setting that serves this very weight best within the budget; ``within`` where all do alike."""
+        return cls.within(tuple(weight.shape), dtype, budget_bytes, **options)
+
     @abstractmethod
     def richer(self, shape: Shape) -> Self | None:
         """Return the next setting with a smaller error; None at full size."""
 
-    @classmethod
     @abstractmethod
-    def load(cls, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
-        """Return the factorization that ``factors`` (a state_dict) describe. Raises FormatError when they do not."""
+    def load(self, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
+        """Return the factorization that ``factors`` (a state_dict) describe. Raises FormatError when they do not.
+
+        Sizes are those of the factors, not of the setting: an old file says what it holds.
+        """
+
+    def pinned(self, shape: Shape) -> Self:
+        """Return the same setting with everything written out that it takes from the shape by rules of its own.
+
+        Files carry the pinned setting, so that they stay readable when such a rule is made better.
+        """
+        del shape
+        return self
+
+    def notes(self, shape: Shape) -> tuple[str, ...]:
+        """Return what a user should know of this setting on this shape: ranks that are clipped, sizes padded."""
+        del shape
+        return ()
 
     @classmethod
     def sweep(cls, weight: Tensor, settings: Sequence[Self]) -> Iterator[Factorization]:
@@ -125,7 +167,25 @@ class Format(ABC):
         return {field.name: None if field.default is dataclasses.MISSING else field.default for field in fields}
 
     def __str__(self) -> str:
-        return ":".join([self.name, *(f"{name}={value}" for name, value in self.options().items())])
+        return ":".join([self.name, *(_option_text(name, value) for name, value in self.options().items())])
+
+
+def listed(values: Iterable[object]) -> str:
+    """Return values for a message: 4,8,4."""
+    return ",".join(map(str, values))
+
+
+def as_text(value: Any) -> str:
+    """Return an option's value as the command line takes it: lists with commas, one after the only entry as well."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
+    return "null" if value is None else str(value)
+
+
+def _option_text(name: str, value: Any) -> str:
+    """Return ``name=value``; the options of a format in a format carry its name: ``inner=tt:inner.order=3``."""
+    text = f"{name}={as_text(value)}"
+    return text.replace(":", f":{name}.") if isinstance(value, str) else text
 
 
 def fan_in(shape: Shape) -> int:
@@ -138,10 +198,25 @@ def matrix_of(weight: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], -1)
 
 
+def require_count(name: str, option: str, value: Any, *, least: int = 1) -> None:
+    """Raise FormatError unless ``value`` is a whole number of at least ``least``."""
+    if type(value) is not int or value < least:
+        raise FormatError(f"{name}: {option} must be a whole number of at least {least}, got {value!r}")
+
+
 def require_matrix_like(name: str, shape: Shape) -> None:
     """Raise FormatError unless a weight of this shape has a matricisation."""
     if len(shape) < 2 or 0 in shape:
         raise FormatError(f"{name}: a weight needs two or more sizes above zero, got {shape}")
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """Return the largest count in 0..most that fits, by bisection; 0 when none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def take_factors(name: str, factors: Mapping[str, Tensor], *expected: str) -> list[Tensor]:

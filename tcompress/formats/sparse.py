@@ -21,6 +21,7 @@ from tcompress.formats.base import (
     Format,
     Shape,
     fan_in,
+    largest,
     matrix_of,
     require_matrix_like,
     take_factors,
@@ -39,6 +40,7 @@ class Sparse(Format):
     rebuild: ClassVar[str] = "matrix.reshape(shape)"
     reference: ClassVar[str] = "LeCun et al. 1990; Han et al. 2015; Hawkins et al. 2021, section 2.3"
     size_option: ClassVar[str] = "density"
+    rank_option: ClassVar[str | None] = None
     quick: ClassVar[bool] = True
     has_threshold: ClassVar[bool] = True
 
@@ -66,7 +68,7 @@ class Sparse(Format):
         def fits(kept: int) -> bool:
             return cheapest_bytes(FactorSpec(matrix, dtype, kept)) <= budget_bytes
 
-        kept = _largest(fits, values)
+        kept = largest(fits, values)
         # Nothing kept is no layer but a row of zeros: a budget that allows only this allows nothing.
         return cls(density=kept / values, **options) if kept > 0 else None
 
@@ -79,10 +81,9 @@ class Sparse(Format):
         kept = self.kept(values)
         return None if kept >= values else type(self)(density=(kept + 1) / values)
 
-    @classmethod
-    def load(cls, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
-        require_matrix_like(cls.name, shape)
-        (matrix,) = take_factors(cls.name, factors, "matrix")
+    def load(self, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
+        require_matrix_like(self.name, shape)
+        (matrix,) = take_factors(self.name, factors, "matrix")
         if tuple(matrix.shape) != (shape[0], fan_in(shape)):
             raise FormatError(f"sparse: a matrix {tuple(matrix.shape)} does not make {shape}")
         return SparseMatrix(shape, matrix)
@@ -105,12 +106,3 @@ class SparseMatrix(Factorization):
         if matrix.dtype in {torch.bfloat16, torch.float16}:
             matrix = matrix.float()
         return scipy_sparse.csr_array(matrix.numpy())
-
-
-def _largest(fits: Any, most: int) -> int:
-    """Return the largest count in 0..most that fits, by bisection; 0 when none does."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -1,99 +1,128 @@
-"""svd: weight ~ left @ right, the truncated singular value decomposition of the (out, fan_in) matricisation.
+"""svd: weight ~ left @ right, the truncated singular value decomposition of a matricisation.
 
-Letters: out, fan_in as in base; r = rank.
+Letters: out, in, fan_in as in base; kh = first size of the kernel, kw = product of its others; r = rank.
+channel: the matrix is (out, fan_in). spatial: it is (out * kh, in * kw), a column of small convolutions after a row.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcompress.encodings import FactorSpec
 from tcompress.errors import FormatError
-from tcompress.formats.base import (
-    _CONV,
-    Factorization,
-    Format,
-    Shape,
-    fan_in,
-    matrix_of,
-    require_matrix_like,
-    take_factors,
-)
+from tcompress.formats.base import CONV, Factorization, Format, Shape, require_count, require_matrix_like, take_factors
+from tcompress.formats.staged import StagedFactorization, Stages
 from tcompress.linalg.svd import rank_for_error, singular_values, truncated_svd
+
+MATRICISATIONS = ("channel", "spatial")
 
 
 @dataclass(frozen=True)
 class SVD(Format):
     """Keep the ``rank`` largest singular triplets; a rank above the dimensions is clipped to them.
 
-    seed: of the random start vectors for large matrices.
+    seed: of the random start vectors for large matrices. matricisation: of convolutions; matrices have but one.
     """
 
     rank: int
     seed: int = 0
+    matricisation: str = "channel"
 
     name: ClassVar[str] = "svd"
-    summary: ClassVar[str] = "truncated SVD of the out x fan_in matrix"
-    rebuild: ClassVar[str] = "(left @ right).reshape(shape)"
-    reference: ClassVar[str] = "Eckart & Young 1936; for neural networks Denton et al. 2014"
+    summary: ClassVar[str] = "truncated SVD of the out x fan_in matrix, or of the spatial one"
+    rebuild: ClassVar[str] = (
+        "(left @ right).reshape(shape); spatial: .reshape(out, kh, in, kw).swapaxes(1, 2).reshape(shape)"
+    )
+    reference: ClassVar[str] = "Eckart & Young 1936; Denton et al. 2014; spatial: Jaderberg et al. 2014"
     size_option: ClassVar[str] = "rank"
     quick: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise FormatError(f"svd: rank must be a whole number of at least 1, got {self.rank!r}")
+        require_count("svd", "rank", self.rank)
+        require_count("svd", "seed", self.seed, least=0)
+        if self.matricisation not in MATRICISATIONS:
+            raise FormatError(f"svd: matricisation is one of {', '.join(MATRICISATIONS)}, got {self.matricisation!r}")
 
     def fit(self, weight: Tensor) -> Factorization:
-        left, values, right = truncated_svd(matrix_of(weight), self.rank, seed=self.seed)
-        return _balanced(tuple(weight.shape), left, values, right)
+        matrix = self.matrix(weight)
+        left, values, right = truncated_svd(matrix, self.rank, seed=self.seed)
+        return self._balanced(tuple(weight.shape), left, values, right)
 
     @classmethod
     def sweep(cls, weight: Tensor, settings: Sequence[Self]) -> Iterator[Factorization]:
         """Truncate one decomposition at the largest rank: its leading triplets are those of every smaller rank."""
+        if len({replace(setting, rank=1) for setting in settings}) > 1:
+            yield from super().sweep(weight, settings)
+            return
         richest = max(settings, key=lambda setting: setting.rank)
-        left, values, right = truncated_svd(matrix_of(weight), richest.rank, seed=richest.seed)
+        left, values, right = truncated_svd(richest.matrix(weight), richest.rank, seed=richest.seed)
         for setting in settings:
             r = setting.rank
-            yield _balanced(tuple(weight.shape), left[:, :r], values[:r], right[:r])
+            yield setting._balanced(tuple(weight.shape), left[:, :r], values[:r], right[:r])
 
     def factor_specs(self, shape: Shape, dtype: torch.dtype, nonzeros: int | None = None) -> Mapping[str, FactorSpec]:
         del nonzeros  # factors of a sparse weight are dense all the same
-        r = min(self.rank, shape[0], fan_in(shape))
-        return {"left": FactorSpec((shape[0], r), dtype), "right": FactorSpec((r, fan_in(shape)), dtype)}
+        rows, columns = self.sizes(shape)
+        r = min(self.rank, rows, columns)
+        return {"left": FactorSpec((rows, r), dtype), "right": FactorSpec((r, columns), dtype)}
 
     @classmethod
     def within(cls, shape: Shape, dtype: torch.dtype, budget_bytes: int, **options: Any) -> Self | None:
-        require_matrix_like(cls.name, shape)
-        per_rank = (shape[0] + fan_in(shape)) * dtype.itemsize
-        rank = min(budget_bytes // per_rank, shape[0], fan_in(shape))
-        return cls(rank=rank, **options) if rank >= 1 else None
+        rows, columns = cls(**{**options, "rank": 1}).sizes(shape)
+        rank = min(budget_bytes // ((rows + columns) * dtype.itemsize), rows, columns)
+        return cls(**{**options, "rank": rank}) if rank >= 1 else None
 
     @classmethod
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:
-        values = singular_values(matrix_of(weight))
-        return cls(rank=max(1, rank_for_error(values, relative_error)), **options)
+        values = singular_values(cls(**{**options, "rank": 1}).matrix(weight))
+        return cls(**{**options, "rank": max(1, rank_for_error(values, relative_error))})
 
     def richer(self, shape: Shape) -> Self | None:
-        if self.rank >= min(shape[0], fan_in(shape)):
-            return None
-        return type(self)(rank=self.rank + 1, seed=self.seed)
+        return None if self.rank >= min(self.sizes(shape)) else replace(self, rank=self.rank + 1)
 
-    @classmethod
-    def load(cls, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
-        require_matrix_like(cls.name, shape)
-        left, right = take_factors(cls.name, factors, "left", "right")
-        if left.ndim != 2 or right.shape != (left.shape[1], fan_in(shape)) or left.shape[0] != shape[0]:
+    def notes(self, shape: Shape) -> tuple[str, ...]:
+        most = min(self.sizes(shape))
+        return (f"rank {self.rank} is clipped to {most}",) if self.rank > most else ()
+
+    def load(self, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
+        left, right = take_factors(self.name, factors, "left", "right")
+        rows, columns = self.sizes(shape)
+        if left.ndim != 2 or left.shape[0] != rows or right.shape != (left.shape[1], columns):
             raise FormatError(f"svd: factors {tuple(left.shape)} and {tuple(right.shape)} do not make {shape}")
-        return LowRankMatrix(shape, left, right)
+        return self._factorization(shape, left, right)
+
+    def _is_spatial(self, shape: Shape) -> bool:
+        return self.matricisation == "spatial" and len(shape) > 2
+
+    def sizes(self, shape: Shape) -> tuple[int, int]:
+        """Return rows and columns of the matricisation."""
+        require_matrix_like(self.name, shape)
+        if self._is_spatial(shape):
+            return shape[0] * shape[2], shape[1] * math.prod(shape[3:])
+        return shape[0], math.prod(shape[1:])
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the matricisation that is decomposed."""
+        matrix = weight.movedim(2, 1) if self._is_spatial(tuple(weight.shape)) else weight
+        return matrix.reshape(self.sizes(tuple(weight.shape)))
+
+    def _factorization(self, shape: Shape, left: Tensor, right: Tensor) -> Factorization:
+        kind = SpatialPair if self._is_spatial(shape) else LowRankMatrix
+        return kind(shape, left, right)
+
+    def _balanced(self, shape: Shape, left: Tensor, values: Tensor, right: Tensor) -> Factorization:
+        """Give each factor the square root of the singular values: both have one range, which half types need."""
+        root = values.sqrt()
+        return self._factorization(shape, left * root, root[:, None] * right)
 
 
-class LowRankMatrix(Factorization):
+class LowRankMatrix(StagedFactorization):
     """left: (out, r) and right: (r, fan_in)."""
 
     def __init__(self, shape: Shape, left: Tensor, right: Tensor) -> None:
@@ -105,32 +134,54 @@ class LowRankMatrix(Factorization):
     def reconstruct(self) -> Tensor:
         return (self.left @ self.right).reshape(self.shape)
 
-    def linear(self, x: Tensor) -> Tensor:
-        if self._saves_operations():
-            return F.linear(F.linear(x, self.right), self.left)
-        return super().linear(x)
+    def stage_ranks(self) -> tuple[int, int | None]:
+        return self.left.shape[1], None
+
+    def stages(self) -> Stages:
+        return Stages(self.left, self.right.reshape(-1, *self.shape[1:]), None)
+
+
+class SpatialPair(Factorization):
+    """left: (out * kh, r) and right: (r, in * kw): a convolution along the other sizes, then one along the first."""
+
+    def __init__(self, shape: Shape, left: Tensor, right: Tensor) -> None:
+        super().__init__()
+        self.shape = shape
+        self.left = nn.Parameter(left)
+        self.right = nn.Parameter(right)
+
+    def reconstruct(self) -> Tensor:
+        out, in_, height, *width = self.shape
+        return (self.left @ self.right).reshape(out, height, in_, *width).movedim(1, 2)
+
+    def operations(self, *, groups: int = 1, steps: int = 1) -> int:
+        # The stride along the first size acts in the second convolution; taking all of it for the first is no less.
+        return groups * self.right.numel() * steps + self.left.numel()
 
     def conv(self, x: Tensor, **geometry: Any) -> Tensor:
-        if geometry.get("groups", 1) != 1 or not self._saves_operations():
-            # In a grouped convolution each group has inputs of its own: the rows of `right` would mix them.
+        out, in_, height, *width = self.shape
+        if isinstance(geometry.get("padding", 0), str) or not self.saves(**geometry):
             return super().conv(x, **geometry)
-        convolve = _CONV[len(self.shape)]
-        r = self.right.shape[0]
-        inner: Tensor = convolve(x, self.right.reshape(r, *self.shape[1:]), **geometry)
-        ones = (1,) * (len(self.shape) - 2)
-        outer: Tensor = convolve(inner, self.left.reshape(self.shape[0], r, *ones))
-        return outer
-
-    def embedding(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.left) @ self.right
-
-    def _saves_operations(self) -> bool:
-        """Multiplications per input through the factors, against those of the dense weight."""
-        r, columns = self.right.shape
-        return r * (self.shape[0] + columns) < self.shape[0] * columns
+        groups, r = int(geometry.get("groups", 1)), self.left.shape[1]
+        convolve, ones = CONV[len(self.shape)], (1,) * len(width)
+        inner = x.reshape(x.shape[0] * groups, in_, *x.shape[2:])
+        inner = convolve(inner, self.right.reshape(r, in_, 1, *width), **_part(geometry, len(width), first=False))
+        inner = inner.reshape(x.shape[0], groups * r, *inner.shape[2:])
+        column = self.left.reshape(out, height, r).movedim(1, 2).reshape(out, r, height, *ones)
+        return convolve(inner, column, groups=groups, **_part(geometry, len(width), first=True))
 
 
-def _balanced(shape: Shape, left: Tensor, values: Tensor, right: Tensor) -> LowRankMatrix:
-    """Give each factor the square root of the singular values: both then have one range, which half types need."""
-    root = values.sqrt()
-    return LowRankMatrix(shape, left * root, root[:, None] * right)
+def _along_first(value: Any, others: int) -> tuple[int, ...]:
+    """Return a geometry option as one number for each spatial size, given how many follow the first."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * (others + 1) if len(numbers) == 1 else numbers
+
+
+def _part(geometry: Mapping[str, Any], others: int, *, first: bool) -> dict[str, tuple[int, ...]]:
+    """Return the geometry along the first spatial size alone, or along all but it."""
+    neutral = {"stride": 1, "padding": 0, "dilation": 1}
+    parts = {}
+    for name, none in neutral.items():
+        head, *tail = _along_first(geometry.get(name, none), others)
+        parts[name] = (head, *[none] * others) if first else (none, *tail)
+    return parts

@@ -21,7 +21,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented
 
 from tcompress.errors import NumericalError
 
-RELATIVE_EXCESS = 1e-3  # the Frobenius error may be this much above the best of its rank
+RELATIVE_EXCESS = 1e-3  # the Frobenius error may be this much above the best of its rank, if not said otherwise
 ABSOLUTE_EXCESS = 1e-6  # ... or by this much of the norm: what float32 weights cannot tell apart
 
 _SAFETY = 0.5  # of the allowed excess, the part that the estimate of it may use
@@ -39,14 +39,16 @@ _LARGEST_BASIS = 0.6  # of n; beyond it the exact path is cheaper
 _ROWS_AT_ONCE = 8192  # converted to float64 at one time
 
 
-def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(
+    matrix: Tensor, rank: int, *, seed: int = 0, excess: float = RELATIVE_EXCESS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the ``rank`` leading singular triplets of ``matrix``, all of them if it has fewer.
 
     matrix: (m, n), float32 or float64, not empty; rank >= 1.
     left: (m, r), orthonormal columns, the largest magnitude of each positive; values: (r,), descending;
     right: (r, n), orthonormal rows; r = min(rank, m, n).
 
-    ||A - left diag(values) right|| is at most (1 + RELATIVE_EXCESS) times the smallest possible (Eckart and Young
+    ||A - left diag(values) right|| is at most (1 + excess) times the smallest possible (Eckart and Young
     1936) plus ABSOLUTE_EXCESS ||A||: by construction where the Gram matrix is decomposed whole; by an estimate from
     the gains of successive steps where a randomised block Krylov space (Musco and Musco 2015) is cheaper. The same
     matrix and seed give the same bits on the same machine and number of threads.
@@ -54,16 +56,17 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> tuple[Tensor, 
     Raises NumericalError if an entry is NaN or infinite, or a singular value exceeds the range of the dtype.
     """
     r = min(rank, *matrix.shape)
-    scaled, exponent = _scaled(matrix.detach())
+    scaled, exponent = scaled_to_unit(matrix.detach())
     is_wide = matrix.shape[0] < matrix.shape[1]
     tall = scaled.T if is_wide else scaled
-    found = None if _exact_is_cheaper(max(matrix.shape), min(matrix.shape), r) else _krylov_subspace(tall, r, seed)
+    exact = _exact_is_cheaper(max(matrix.shape), min(matrix.shape), r)
+    found = None if exact else _krylov_subspace(tall, r, seed, excess)
     if found is None:
         found = _gram_subspace(tall, r)
     long, values, short = _triplets(*found)
     left, right = (short, long) if is_wide else (long, short)
     signs = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()
-    values = _times_power_of_two(values, exponent).to(matrix.dtype)
+    values = times_power_of_two(values, exponent).to(matrix.dtype)
     if not values.isfinite().all():
         raise NumericalError(f"a singular value exceeds the range of {matrix.dtype}; scale the weight down")
     return (left * signs).to(matrix.dtype), values, (right * signs).T.to(matrix.dtype).contiguous()
@@ -77,7 +80,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     The float64 Gram matrix costs a fraction of a bidiagonalisation, but squares the condition number: a value below
     1e-6 of the largest would have fewer than three digits. Where there is one the matrix itself is decomposed.
     """
-    scaled, exponent = _scaled(matrix.detach())
+    scaled, exponent = scaled_to_unit(matrix.detach())
     tall = scaled if matrix.shape[0] >= matrix.shape[1] else scaled.T
     try:
         values = torch.linalg.eigvalsh(_gram(tall)).flip(0).clamp_min(0).sqrt()
@@ -85,7 +88,7 @@ def singular_values(matrix: Tensor) -> Tensor:
             values = torch.linalg.svdvals(tall.double())
     except LinAlgError as error:
         raise NumericalError("the singular values do not converge") from error
-    return _times_power_of_two(values, exponent)
+    return times_power_of_two(values, exponent)
 
 
 def rank_for_error(values: Tensor, relative_error: float) -> int:
@@ -102,7 +105,7 @@ def rank_for_error(values: Tensor, relative_error: float) -> int:
     return max(1, int((from_rank > relative_error**2 * from_rank[0]).sum()))
 
 
-def _scaled(matrix: Tensor) -> tuple[Tensor, int]:
+def scaled_to_unit(matrix: Tensor) -> tuple[Tensor, int]:
     """Return ``matrix`` times 2^-exponent and the exponent, so that squares neither overflow nor underflow.
 
     A power of two changes no digit; where there is no need for it the matrix is not copied.
@@ -113,7 +116,7 @@ def _scaled(matrix: Tensor) -> tuple[Tensor, int]:
     exponent = math.frexp(max(-low, high))[1]
     if abs(exponent) <= _SAFE_EXPONENT:
         return matrix, 0
-    return _times_power_of_two(matrix, -exponent), exponent
+    return times_power_of_two(matrix, -exponent), exponent
 
 
 def _exact_is_cheaper(m: int, n: int, r: int) -> bool:
@@ -153,17 +156,17 @@ def _gram_subspace(tall: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """
     if tall.dtype == torch.float32 and r < tall.shape[1]:
         gram = tall.T @ tall
-        short = _eigh(gram)[1][:, -r:].double()
+        short = symmetric_eigen(gram)[1][:, -r:].double()
         short = short @ _whitening(short.T @ short)
         images = (tall @ short.to(tall.dtype)).double()
         total = float(gram.diagonal().double().sum())
         if total - float(images.square().sum()) > _FLOAT32_DECOMPOSES * total:
             return images, short
-    short = _eigh(_gram(tall))[1][:, -r:]
+    short = symmetric_eigen(_gram(tall))[1][:, -r:]
     return torch.cat([rows @ short for rows in _double_rows(tall)]), short
 
 
-def _krylov_subspace(tall: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor] | None:
+def _krylov_subspace(tall: Tensor, r: int, seed: int, excess: float) -> tuple[Tensor, Tensor] | None:
     """Return what _gram_subspace does, from a block Krylov space of tall.T @ tall; None if that would grow too large.
 
     ||A||^2 - ||A Q||^2 is the squared residual of a basis Q exactly, and costs nothing; each step adds a block to Q.
@@ -181,11 +184,11 @@ def _krylov_subspace(tall: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor] |
         image = tall @ block
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
         gram = _bordered(gram, (images.T @ image).double())
-        squares, rotation = _eigh(gram)  # Ritz values: lower bounds of the r largest squares
+        squares, rotation = symmetric_eigen(gram)  # Ritz values: lower bounds of the r largest squares
         kept = torch.cat([squares.new_zeros(r), squares])[-r:].clamp_min(0)  # a basis of a low rank may be narrower
         residual = total - float(kept.sum())
         if tall.dtype == torch.float32 and residual < _FLOAT32_MEASURES * total:
-            return _krylov_subspace(tall.double(), r, seed)
+            return _krylov_subspace(tall.double(), r, seed, excess)
         is_invariant = block.shape[1] == 0
         if is_invariant or residual <= (ABSOLUTE_EXCESS / 2) ** 2 * total:
             break
@@ -193,7 +196,7 @@ def _krylov_subspace(tall: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor] |
             # A random vector would have reached the mean of what is left: gains are counted from there.
             history.append(kept.clamp_max(residual / (n - r)))
         history.append(kept)
-        if len(history) > 2 and _missing(history[-3:]) <= _SAFETY * 2 * RELATIVE_EXCESS * residual:
+        if len(history) > 2 and _missing(history[-3:]) <= _SAFETY * 2 * excess * residual:
             break
         if basis.shape[1] + columns > _LARGEST_BASIS * n:
             return None
@@ -241,13 +244,13 @@ def _whitening(gram: Tensor) -> Tensor:
     if not failed and lower.diagonal().min().square() > _DEPENDENT:
         inverse: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(gram)).to(gram), upper=False)
         return inverse.T
-    squares, vectors = _eigh(gram)
+    squares, vectors = symmetric_eigen(gram)
     is_independent = squares > _DEPENDENT * squares[-1]
     scaled: Tensor = vectors[:, is_independent] / squares[is_independent].sqrt()
     return scaled
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, ascending, and eigenvectors of a matrix without negative eigenvalues.
 
     LAPACK's divide and conquer fails to converge on a few matrices with many equal eigenvalues, another one in each
@@ -279,7 +282,7 @@ def _triplets(images: Tensor, short: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     images: (m, r); short: (n, r), orthonormal columns but for those that are zero.
     """
-    squares, rotation = _eigh(images.T @ images)
+    squares, rotation = symmetric_eigen(images.T @ images)
     squares, rotation = squares.flip(0), rotation.flip(1)
     images, short = images @ rotation, short @ rotation
     if squares[-1] > _GRADED**2 * squares[0]:
@@ -292,7 +295,8 @@ def _triplets(images: Tensor, short: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return long @ u, values, short @ vh.T
 
 
-def _times_power_of_two(values: Tensor, exponent: int) -> Tensor:
+def times_power_of_two(values: Tensor, exponent: int) -> Tensor:
+    """Return ``values`` times 2^exponent: exact, but for overflow and underflow."""
     # In two steps, because 2^149, which the smallest float32 needs, is itself no float32.
     half = exponent // 2
     return values * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)

@@ -38,6 +38,7 @@ def compression_document(result: CompressionResult, exceeded: list[str]) -> Docu
         "totals": {
             "dense_bytes": result.source.nbytes,
             "stored_bytes": result.stored_bytes,
+            "exact_bytes": result.exact_bytes,
             "compression_ratio": result.compression_ratio,
             "layers": len(result.layers),
             "compressed_layers": len(compressed),
@@ -166,6 +167,7 @@ def _layer(result: LayerResult) -> Document:
         "relative_error": result.relative_error,
         "seconds": result.seconds,
         "reason": result.reason,
+        "notes": list(result.notes),
     }
 
 
@@ -184,4 +186,6 @@ def _analysis_row(row: AnalysisRow) -> Document:
         "seconds": row.seconds,
         "verdict": row.verdict,
         "worthwhile": row.worthwhile,
+        "structure": row.structure,
+        "notes": list(row.notes),
     }

@@ -41,11 +41,15 @@ def compression_summary(document: Document) -> list[str]:
     kept = [layer for layer in document["layers"] if layer["reason"]]
     lines = [f"stays dense: {printable(layer['name'])}: {layer['reason']}" for layer in kept[:20]]
     lines += [f"... and {len(kept) - 20} more layers stay dense, see --json or --report"] if len(kept) > 20 else []
+    noted = [(layer["name"], note) for layer in document["layers"] for note in layer["notes"]]
+    lines += [f"note: {printable(name)}: {note}" for name, note in noted[:20]]
+    lines += [f"... and {len(noted) - 20} more notes, see --json or --report"] if len(noted) > 20 else []
     lines += [f"note: {printable(note)}" for note in document["notes"]]
     if document["other_values"]:
         names = ", ".join(map(printable, document["other_values"][:10]))
         lines.append(f"note: not carried over, being no tensors: {names}")
-    sizes = f"{totals['dense_bytes']} -> {totals['stored_bytes']} bytes on disk"
+    most = "" if totals["exact_bytes"] else "at most "
+    sizes = f"{totals['dense_bytes']} -> {most}{totals['stored_bytes']} bytes on disk"
     verb = "would compress" if document["dry_run"] else "compressed"
     lines.append(
         f"{verb} {totals['compressed_layers']} of {totals['layers']} layers: {sizes}, "
@@ -73,28 +77,53 @@ def _one_setting(document: Document) -> RenderableType:
             as_bytes(row["dense_bytes"]),
             as_bytes(row["stored_bytes"]),
             as_error(row["relative_error"]),
+            as_error(row["structure"]),
             row["verdict"],
         ]
         for row in document["rows"]
     ]
-    columns = ["layer", "kind", "shape", "dtype", "format", "break-even", "dense", "stored", "error", "verdict"]
-    return _table(columns, rows, right=columns[6:9])
+    columns = ["layer", "kind", "shape", "dtype", "format", "break-even", "dense", "stored", "error", "structure"]
+    if all(row["structure"] is None for row in document["rows"]):
+        columns, rows = columns[:-1], [[*row[:-2], row[-1]] for row in rows]
+    return _table([*columns, "verdict"], rows, right=columns[6:])
 
 
 def _side_by_side(document: Document) -> RenderableType:
-    by_layer: dict[str, list[Document]] = {}
+    """A row for each layer and format, a column for each amount that is asked."""
+    amounts = list(dict.fromkeys(_amount(asked) for asked in document["asked"]))
+    has_structure = any(row["structure"] is not None for row in document["rows"])
+    found: dict[str, dict[str, dict[str, Document]]] = {}
     for row in document["rows"]:
-        by_layer.setdefault(row["name"], []).append(row)
-    rows = []
-    for name, found in by_layer.items():
-        errors = [as_error(row["relative_error"]) if row["worthwhile"] else "larger" for row in found]
-        first = found[0]
-        limits = limit_lines(document["break_even"][name])
-        rows.append([name, first["kind"], as_shape(first["shape"]), first["dtype"], limits, *errors])
-    settings = [asked.replace(":", "\n") for asked in document["asked"]]
-    columns = ["layer", "kind", "shape", "dtype", "break-even", *settings]
-    legend = Text("relative error of each layer at each setting; larger: not smaller than dense, or not to be fitted")
-    return Group(_table(columns, rows, right=settings), legend)
+        formats = found.setdefault(row["name"], {})
+        formats.setdefault(row["asked"].partition(":")[0], {})[_amount(row["asked"])] = row
+    rows: list[list[Cell]] = []
+    for name, formats in found.items():
+        for position, (format_name, by_amount) in enumerate(formats.items()):
+            first = next(iter(by_amount.values()))
+            head = [name, first["kind"], as_shape(first["shape"]), first["dtype"]] if position == 0 else [""] * 4
+            limits = document["break_even"][name]
+            own = {format_name: limits[format_name]} if format_name in limits else {}
+            cells: list[Cell] = [*head, format_name, limit_lines(own), *(_error(by_amount.get(a)) for a in amounts)]
+            if has_structure:
+                gains = [row["structure"] for row in by_amount.values() if row["structure"] is not None]
+                cells.append(as_error(max(gains, default=None)))
+            rows.append(cells)
+    last = ["structure"] if has_structure else []
+    columns = ["layer", "kind", "shape", "dtype", "format", "break-even", *amounts, *last]
+    legend = ["relative error of each layer at each setting; larger: not smaller than dense, or not to be fitted"]
+    if has_structure:
+        legend.append("structure: how much smaller the error is than on the same values in random order, at most")
+    return Group(_table(columns, rows, right=[*amounts, *last]), *map(Text, legend))
+
+
+def _amount(asked: str) -> str:
+    return asked.partition(":")[2]
+
+
+def _error(row: Document | None) -> str:
+    if row is None:
+        return ""
+    return as_error(row["relative_error"]) if row["worthwhile"] else "larger"
 
 
 def inspection_view(document: Document) -> RenderableType:
@@ -179,6 +208,8 @@ def limit_lines(limits: Document) -> list[str]:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(_short, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

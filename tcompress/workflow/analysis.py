@@ -5,7 +5,9 @@ from __future__ import annotations
 import fnmatch
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from tcompress.checkpoint.layers import Layer, find_layers
@@ -13,10 +15,13 @@ from tcompress.checkpoint.manifest import is_compressed
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.errors import NumericalError, UsageError
 from tcompress.formats import FORMATS, Format
+from tcompress.formats.shuffled import INNER
+from tcompress.linalg.permutation import shuffled
 from tcompress.workflow.fitting import Fitted, fit_several
+from tcompress.workflow.grouping import find_groups, find_shared, fit_shared, is_joint
 from tcompress.workflow.layout import added_header_bytes
 from tcompress.workflow.plan import Target
-from tcompress.workflow.planning import Settings, break_even, find_setting
+from tcompress.workflow.planning import Settings, break_even, check_choices, find_setting
 from tcompress.workflow.progress import Progress, silent, steps
 from tcompress.workflow.results import Analysis, AnalysisRow
 from tcompress.workflow.survey import facts_of
@@ -35,10 +40,13 @@ def analyze(
     choices: Sequence[Format | Target] | None = None,
     *,
     layers: Sequence[str] = (),
+    structure: bool = False,
     settings: Settings | None = None,
     progress: Progress = silent,
 ) -> Analysis:
     """Fit every choice to every layer that matches one of the globs (all without any) and weigh what comes out.
+
+    structure: fit the low-rank formats to the shuffled weight as well, which takes twice the time.
 
     Raises UsageError when no layer matches, NumericalError for NaN or Inf unless such layers may be passed over.
     """
@@ -51,13 +59,26 @@ def analyze(
     if not chosen:
         known = ", ".join(layer.name for layer in found[:5]) or "none"
         raise UsageError(f"no layer matches {', '.join(layers) or '*'}; there are {known}", path=checkpoint.path)
+    check_choices([(layer, choice) for layer in chosen for choice in choices], settings)
+    joint = _joint_rows(checkpoint, chosen, [choice for choice in choices if is_joint(choice)], settings)
     rows: list[AnalysisRow] = []
     limits: dict[str, dict[str, Format | None]] = {}
     for layer in steps("analyzing", chosen, progress):
         weight = checkpoint.read(layer.name)
-        types = dict.fromkeys(_type(choice) for choice in choices)
+        types = dict.fromkeys(_type(choice) for choice in choices if not is_joint(choice))
         limits[layer.name] = {t.name: break_even(t, layer, settings.stored_type(layer)) for t in types}
-        rows += _rows(checkpoint, layer, weight, choices, limits[layer.name], settings)
+        own = _rows(
+            checkpoint,
+            layer,
+            weight,
+            [choice for choice in choices if not is_joint(choice)],
+            limits[layer.name],
+            settings,
+        )
+        if structure:
+            own = list(_with_structure(weight, own, settings.stored_type(layer), settings))
+        by_choice = {row.asked: row for row in (*own, *joint.get(layer.name, []))}
+        rows += [by_choice[str(choice)] for choice in choices]
     return Analysis(
         checkpoint.path, tuple(str(choice) for choice in choices), tuple(rows), limits, time.perf_counter() - started
     )
@@ -71,26 +92,81 @@ def _rows(
     limits: Mapping[str, Format | None],
     settings: Settings,
 ) -> list[AnalysisRow]:
-    def unfit(choice: Format | Target, reason: str) -> AnalysisRow:
-        return AnalysisRow(layer, str(choice), None, None, None, 0.0, f"keep dense: {reason}", worthwhile=False)
-
     nonfinite = facts_of(weight).nonfinite
     if nonfinite:
         reason = f"holds {nonfinite} values that are NaN or Inf"
         if not settings.allow_nonfinite:
             way_out = "--allow-nonfinite passes over such layers"
             raise NumericalError(f"{reason}; {way_out}", path=checkpoint.path, tensor=layer.name)
-        return [unfit(choice, reason) for choice in choices]
+        return [_unfit(layer, choice, reason) for choice in choices]
     found = [_found(weight, layer, choice, settings) for choice in choices]
     fitted = dict(_fit_by_type(weight, [s for s in found if isinstance(s, Format)], layer, settings))
     rows = []
     for choice, setting in zip(choices, found, strict=True):
         result = setting if isinstance(setting, str) else fitted[setting]
         if isinstance(result, str):
-            rows.append(unfit(choice, result))
+            rows.append(_unfit(layer, choice, result))
         else:
             rows.append(_row(layer, choice, result, limits[result.format.name]))
     return rows
+
+
+def _joint_rows(
+    checkpoint: Checkpoint, layers: Sequence[Layer], choices: Sequence[Format | Target], settings: Settings
+) -> dict[str, list[AnalysisRow]]:
+    """Return the rows of formats that fit several layers as one, by layer."""
+    rows: dict[str, list[AnalysisRow]] = {layer.name: [] for layer in layers}
+    for choice in choices:
+        sound = [layer for layer in layers if not facts_of(checkpoint.read(layer.name)).nonfinite]
+        for layer in layers:
+            if layer not in sound:
+                rows[layer.name].append(_unfit(layer, choice, "holds values that are NaN or Inf"))
+        for group in find_groups([(layer, choice, None) for layer in sound]):
+            store = settings.stored_type(group.layers[0])
+            found = find_shared(checkpoint, group, store, settings.device)
+            if isinstance(found, str):
+                for layer in group.layers:
+                    rows[layer.name].append(_unfit(layer, choice, found))
+                continue
+            for layer, each in zip(found.layers, fit_shared(checkpoint, found, store, settings.device)[1], strict=True):
+                stored = found.bytes_of(layer)
+                verdict = f"saves {1 - (found.stored_bytes + found.header_bytes) / group.dense_bytes:.0%}"
+                rows[layer.name].append(
+                    AnalysisRow(
+                        layer,
+                        str(choice),
+                        each.format,
+                        stored,
+                        each.relative_error,
+                        each.seconds,
+                        verdict,
+                        worthwhile=True,
+                    )
+                )
+    return rows
+
+
+def _with_structure(
+    weight: Tensor, rows: Sequence[AnalysisRow], store: torch.dtype, settings: Settings
+) -> Iterator[AnalysisRow]:
+    """Add to each row of a low-rank format what its error gains from the order of the entries."""
+    control = shuffled(weight, 0)
+    fitted = {row.format: row for row in rows if row.format is not None and row.format.name in INNER}
+    errors: dict[Format, float] = {}
+    for kind in dict.fromkeys(type(setting) for setting in fitted):
+        own = [setting for setting in fitted if type(setting) is kind]
+        for each in fit_several(control, own, store=store, device=settings.device):
+            errors[each.format] = each.relative_error
+    for row in rows:
+        without = None if row.format is None else errors.get(row.format)
+        if without is None or row.relative_error is None:
+            yield row
+        else:
+            yield replace(row, structure=without - row.relative_error)
+
+
+def _unfit(layer: Layer, choice: Format | Target, reason: str) -> AnalysisRow:
+    return AnalysisRow(layer, str(choice), None, None, None, 0.0, f"keep dense: {reason}", worthwhile=False)
 
 
 def _found(weight: Tensor, layer: Layer, choice: Format | Target, settings: Settings) -> Format | str:
@@ -123,7 +199,15 @@ def _row(layer: Layer, choice: Format | Target, fitted: Fitted, limit: Format | 
         size = fitted.format.size_option
         verdict = f"keep dense: larger at this {size}" + ("" if limit else f" and at any other {size}")
     return AnalysisRow(
-        layer, str(choice), fitted.format, stored, fitted.relative_error, fitted.seconds, verdict, worthwhile
+        layer,
+        str(choice),
+        fitted.format,
+        stored,
+        fitted.relative_error,
+        fitted.seconds,
+        verdict,
+        worthwhile,
+        notes=fitted.format.notes(layer.shape),
     )
 
 

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from tcompress.checkpoint import shards
 from tcompress.checkpoint.companions import copy_companions
 from tcompress.checkpoint.layers import find_layers
-from tcompress.checkpoint.manifest import Entry, Manifest, is_compressed
+from tcompress.checkpoint.manifest import Entry, Manifest, is_compressed, shared_stem
 from tcompress.checkpoint.opening import SAFETENSORS_SUFFIX
 from tcompress.checkpoint.output import Output
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.shards import Contents, Layout
 from tcompress.checkpoint.writer import Piece, Spool
-from tcompress.encodings import cheapest
+from tcompress.encodings import FactorSpec, cheapest
 from tcompress.errors import FormatError, NumericalError, UsageError
 from tcompress.version import __version__
-from tcompress.workflow.fitting import Fitted, fit
-from tcompress.workflow.layout import entry_of, pieces_of, stored_name
+from tcompress.workflow.fitting import fit
+from tcompress.workflow.grouping import Shared, fit_shared
+from tcompress.workflow.layout import described, entry_of, pieces_of, stored_name
 from tcompress.workflow.plan import Plan
 from tcompress.workflow.planning import Decision, Settings, decide, resolved
 from tcompress.workflow.progress import Progress, silent, steps
@@ -71,7 +74,7 @@ def compress(
         output.require_space(2 * shards.planned_bytes(_planned(checkpoint, decisions, settings, source), layout))
         with Spool(output.workspace / "spool") as spool:
             packed, results = _fit_all(checkpoint, decisions, settings, spool, progress)
-            shards.write(output.draft, _contents(checkpoint, packed, source), layout)
+            shards.write(output.draft, _contents(checkpoint, packed, decisions, source), layout)
         left_out = []
         if checkpoint.folder is not None:
             left_out = copy_companions(checkpoint.folder, output.draft, without=(out, *checkpoint.files))
@@ -97,7 +100,7 @@ def dry_run(
     source, decisions = _prepare(checkpoint, plan, settings, progress)
     planned = _planned(checkpoint, decisions, settings, source)
     nbytes = shards.planned_bytes(planned, _layout(checkpoint, max_shard_bytes))
-    results = [LayerResult(d.layer, d.format, d.stored_bytes, None, 0.0, d.reason) for d in decisions]
+    results = [LayerResult(d.layer, d.format, d.stored_bytes, None, 0.0, d.reason, d.notes) for d in decisions]
     return _result(checkpoint, source, decisions, results, nbytes, [], started)
 
 
@@ -132,13 +135,18 @@ def _fit_all(
     checkpoint: Checkpoint, decisions: Sequence[Decision], settings: Settings, spool: Spool, progress: Progress
 ) -> tuple[dict[str, Packed], list[LayerResult]]:
     """Fit layer by layer; finished factors go to the spool at once, and nothing else of them is kept."""
-    formats = {decision.layer.name: decision.format for decision in decisions}
+    decided = {decision.layer.name: decision for decision in decisions}
     chosen = (decision.layer for decision in decisions if decision.format is not None)
     packed: dict[str, Packed] = {}
     fitted: dict[str, LayerResult] = {}
     for layer in steps("compressing", chosen, progress):
-        setting = formats[layer.name]
+        setting, notes = decided[layer.name].format, decided[layer.name].notes
+        shared = decided[layer.name].shared
         assert setting is not None  # noqa: S101
+        if shared is not None:
+            if layer == shared.layers[0]:
+                _fit_shared(checkpoint, shared, settings, spool, packed, fitted)
+            continue
         try:
             found = fit(checkpoint.read(layer.name), setting, store=settings.stored_type(layer), device=settings.device)
         except (NumericalError, FormatError) as error:
@@ -147,8 +155,12 @@ def _fit_all(
             continue
         specs = found.specs()
         entry = entry_of(layer, setting, specs, norm=found.norm, relative_error=found.relative_error)
-        packed[layer.name] = Packed(entry, setting.rebuild, _spooled(layer.name, found, spool))
-        fitted[layer.name] = LayerResult(layer, setting, found.stored_bytes, found.relative_error, found.seconds)
+        packed[layer.name] = Packed(
+            entry, setting.rebuild, _spooled(layer.name, found.factors, specs, spool, layer.name)
+        )
+        fitted[layer.name] = LayerResult(
+            layer, setting, found.stored_bytes, found.relative_error, found.seconds, notes=notes
+        )
         del found
     dense = {
         d.layer.name: LayerResult(d.layer, None, d.layer.dense_bytes, None, 0.0, d.reason)
@@ -159,11 +171,46 @@ def _fit_all(
     return packed, [results[decision.layer.name] for decision in decisions]
 
 
-def _spooled(layer: str, found: Fitted, spool: Spool) -> list[Piece]:
-    specs = found.specs()
+def _fit_shared(
+    checkpoint: Checkpoint,
+    shared: Shared,
+    settings: Settings,
+    spool: Spool,
+    packed: dict[str, Packed],
+    fitted: dict[str, LayerResult],
+) -> None:
+    """Fit a group; its shared factors go with the first member, and all members into one shard."""
+    stem, setting = shared_stem(shared.name), shared.setting
+    store = settings.stored_type(shared.layers[0])
+    try:
+        factors, found = fit_shared(checkpoint, shared, store, settings.device)
+    except (NumericalError, FormatError) as error:
+        for layer in shared.layers:
+            fitted[layer.name] = LayerResult(layer, None, layer.dense_bytes, None, 0.0, error.reason)
+        return
+    for layer, each in zip(shared.layers, found, strict=True):
+        figures = {"norm": each.norm, "relative_error": each.relative_error}
+        entry = entry_of(layer, setting, shared.own, group=shared.name, **figures)
+        pieces = _spooled(layer.name, each.factors, shared.own, spool, stem)
+        if layer == shared.layers[0]:
+            pieces = [*_spooled(stem, factors, shared.specs, spool, stem), *pieces]
+        packed[layer.name] = Packed(entry, setting.rebuild, pieces)
+        fitted[layer.name] = LayerResult(
+            layer,
+            setting,
+            shared.bytes_of(layer),
+            each.relative_error,
+            each.seconds,
+            notes=setting.notes(layer.shape),
+        )
+
+
+def _spooled(
+    stem: str, factors: Mapping[str, Tensor], specs: Mapping[str, FactorSpec], spool: Spool, together: str
+) -> list[Piece]:
     return [
-        spool.put(stored_name(layer, factor, part), tensor, layer)
-        for factor, values in found.factors.items()
+        spool.put(stored_name(stem, factor, part), tensor, together)
+        for factor, values in factors.items()
         for part, tensor in cheapest(specs[factor]).encode(values).items()
     ]
 
@@ -172,15 +219,24 @@ def _planned(checkpoint: Checkpoint, decisions: Sequence[Decision], settings: Se
     """Return what would be written, without data."""
     packed = {}
     for decision in decisions:
-        if decision.format is not None:
-            layer = decision.layer
+        layer, shared = decision.layer, decision.shared
+        if shared is not None:
+            stem = shared_stem(shared.name)
+            entry = entry_of(layer, shared.setting, shared.own, group=shared.name)
+            pieces = pieces_of(layer.name, shared.own, together=stem)
+            if layer == shared.layers[0]:
+                pieces = [*pieces_of(stem, shared.specs, together=stem), *pieces]
+            packed[layer.name] = Packed(entry, shared.setting.rebuild, pieces)
+        elif decision.format is not None:
             specs = decision.format.factor_specs(layer.shape, settings.stored_type(layer), decision.nonzeros)
             entry = entry_of(layer, decision.format, specs)
-            packed[layer.name] = Packed(entry, decision.format.rebuild, pieces_of(layer, specs))
-    return _contents(checkpoint, packed, source)
+            packed[layer.name] = Packed(entry, decision.format.rebuild, pieces_of(layer.name, specs))
+    return _contents(checkpoint, packed, decisions, source)
 
 
-def _contents(checkpoint: Checkpoint, packed: Mapping[str, Packed], source: Stored) -> Contents:
+def _contents(
+    checkpoint: Checkpoint, packed: Mapping[str, Packed], decisions: Sequence[Decision], source: Stored
+) -> Contents:
     """Put compressed layers and untouched tensors together, in the order of the source."""
     pieces: list[Piece] = []
     for name, info in checkpoint.items():
@@ -199,6 +255,11 @@ def _contents(checkpoint: Checkpoint, packed: Mapping[str, Packed], source: Stor
         tied=dict(checkpoint.tied),
         rebuild={layer.entry.format: layer.rebuild for layer in packed.values()},
         layers={name: layer.entry for name, layer in packed.items()},
+        shared={
+            shared.name: described(shared.specs)
+            for decision in decisions
+            if (shared := decision.shared) is not None and decision.layer.name in packed
+        },
     )
     return Contents(pieces, checkpoint.metadata, manifest)
 

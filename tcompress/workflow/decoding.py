@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tcompress.checkpoint.manifest import Entry, Manifest, read_manifest
+from tcompress.checkpoint.manifest import Entry, Factor, Manifest, read_manifest, shared_stem
 from tcompress.checkpoint.memory import require_memory
 from tcompress.checkpoint.reader import Checkpoint, TensorInfo
 from tcompress.encodings import ENCODINGS, FactorSpec
 from tcompress.errors import FormatError, InputError, UnsupportedError
 from tcompress.formats import FORMATS, Format, make
+from tcompress.formats.grouped import GroupFormat
 from tcompress.workflow.fitting import rebuild
 from tcompress.workflow.layout import stored_name
 
@@ -26,20 +28,25 @@ _ANY = FactorSpec((1, 1), torch.float32, nonzeros=1)
 class CompressedView:
     """The dense tensors of a compressed checkpoint, by their original names.
 
-    infos: every tensor of the original, tied names included. stored: layer -> names of its parts on disk.
+    infos: every tensor of the original, tied names included. stored: layer -> names of its own parts on disk.
+    shared: group -> names of the parts that its members share.
     """
 
     checkpoint: Checkpoint
     manifest: Manifest
     stored: Mapping[str, tuple[str, ...]]
+    shared: Mapping[str, tuple[str, ...]]
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """Descriptions of all original tensors, in the order of the file."""
         owner = {part: layer for layer, parts in self.stored.items() for part in parts}
+        of_groups = {part for parts in self.shared.values() for part in parts}
         found: dict[str, TensorInfo] = {}
         for name, info in self.checkpoint.items():
             layer = owner.get(name)
+            if name in of_groups:
+                continue
             if layer is None:
                 found[name] = info
             elif layer not in found:
@@ -60,8 +67,22 @@ class CompressedView:
             ) from error
 
     def stored_bytes(self, layer: str) -> int:
-        """Bytes of a compressed layer's parts on disk."""
-        return sum(self.checkpoint[part].nbytes for part in self.stored[layer])
+        """Bytes of a compressed layer's parts on disk, with its part of what it shares."""
+        own = sum(self.checkpoint[part].nbytes for part in self.stored[layer])
+        group = self.manifest.layers[layer].group
+        if group is None:
+            return own
+        members = self.manifest.members(group)
+        part, rest = divmod(sum(self.checkpoint[name].nbytes for name in self.shared[group]), len(members))
+        return own + part + (rest if layer == members[0] else 0)
+
+    def announced(self, layer: str, dtype: torch.dtype) -> Mapping[str, FactorSpec]:
+        """Return the factors, shared ones included, that the layer's options announce."""
+        setting, entry = self.setting(layer), self.manifest.layers[layer]
+        if entry.group is None or not isinstance(setting, GroupFormat):
+            return setting.factor_specs(entry.shape, dtype)
+        shared, own = setting.group_specs(entry.shape, dtype, len(self.manifest.members(entry.group)))
+        return {**shared, **own}
 
     def read(self, name: str, device: torch.device) -> Tensor:
         """Return a dense tensor under its original name. Raises InputError when its factors are damaged."""
@@ -75,18 +96,23 @@ class CompressedView:
         require_memory(entry.shape, dtype, path=self.checkpoint.path, tensor=name)
         try:
             factors = dict(self.factors(name))
-            return rebuild(FORMATS[entry.format], entry.shape, factors, dtype=dtype, device=device)
+            return rebuild(self.setting(name), entry.shape, factors, dtype=dtype, device=device)
         except (FormatError, InputError) as error:
             raise InputError(error.reason, path=self.checkpoint.path, tensor=error.tensor or name) from error
 
     def factors(self, layer: str) -> Iterator[tuple[str, Tensor]]:
         """Yield name and values of each factor of a compressed layer. Raises InputError when they are damaged."""
-        for name, factor in self.manifest.layers[layer].factors.items():
+        entry = self.manifest.layers[layer]
+        found = [(layer, name, factor) for name, factor in entry.factors.items()]
+        if entry.group is not None:
+            stem = shared_stem(entry.group)
+            found += [(stem, name, factor) for name, factor in self.manifest.shared[entry.group].items()]
+        for stem, name, factor in found:
             encoding = ENCODINGS[factor.encoding]
-            parts = {
-                part: self.checkpoint.read(stored_name(layer, name, part)) for part in _part_names(factor.encoding)
-            }
+            parts = {part: self.checkpoint.read(stored_name(stem, name, part)) for part in _part_names(factor.encoding)}
             shape = factor.shape if factor.shape is not None else tuple(parts[""].shape)
+            if factor.shape is not None and math.prod(shape) > math.prod(entry.shape):
+                raise InputError(f"its factor {name} claims more values than the weight has")
             require_memory(shape, torch.float32, path=self.checkpoint.path, tensor=layer)
             decoded = encoding.decode(parts, shape)
             if not decoded.dtype.is_floating_point:
@@ -101,9 +127,19 @@ def view(checkpoint: Checkpoint) -> CompressedView:
     does not know.
     """
     manifest = read_manifest(checkpoint)
-    stored = {name: _parts(checkpoint, name, entry, manifest.writer) for name, entry in manifest.layers.items()}
+    for name, entry in manifest.layers.items():
+        _require_known(checkpoint, name, entry, manifest.writer)
+    stored = {name: _parts(checkpoint, name, entry.factors, manifest.writer) for name, entry in manifest.layers.items()}
+    for name, entry in manifest.layers.items():
+        twice = set(entry.factors) & set(manifest.shared.get(entry.group or "", ()))
+        if twice:
+            raise InputError(f"has factor {min(twice)} of its own and shares it", path=checkpoint.path, tensor=name)
+    shared = {
+        group: _parts(checkpoint, shared_stem(group), factors, manifest.writer)
+        for group, factors in manifest.shared.items()
+    }
     owners: dict[str, str] = {}
-    for layer, parts in stored.items():
+    for layer, parts in (*stored.items(), *((shared_stem(group), parts) for group, parts in shared.items())):
         for part in parts:
             if part in owners:
                 raise InputError(f"belongs to {owners[part]} and to {layer}", path=checkpoint.path, tensor=part)
@@ -115,18 +151,25 @@ def view(checkpoint: Checkpoint) -> CompressedView:
     for second, first in manifest.tied.items():
         if first not in names or second in names:
             raise InputError(f"is tied to {first}, which cannot be", path=checkpoint.path, tensor=second)
-    return CompressedView(checkpoint, manifest, stored)
+    return CompressedView(checkpoint, manifest, stored, shared)
 
 
-def _parts(checkpoint: Checkpoint, layer: str, entry: Entry, writer: str) -> tuple[str, ...]:
+def _require_known(checkpoint: Checkpoint, layer: str, entry: Entry, writer: str) -> None:
     if entry.format not in FORMATS:
         raise UnsupportedError(
             f"has format {entry.format!r}, which this version does not know; {writer} wrote it and can read it",
             path=checkpoint.path,
             tensor=layer,
         )
+    if (entry.group is not None) != issubclass(FORMATS[entry.format], GroupFormat):
+        raise InputError(
+            "its manifest entry shares factors where its format has none", path=checkpoint.path, tensor=layer
+        )
+
+
+def _parts(checkpoint: Checkpoint, layer: str, factors: Mapping[str, Factor], writer: str) -> tuple[str, ...]:
     names = []
-    for name, factor in entry.factors.items():
+    for name, factor in factors.items():
         if factor.encoding not in ENCODINGS or (factor.shape is None) != (factor.encoding == "dense"):
             problem = (
                 f"its factor {name} has encoding {factor.encoding!r}, which this version cannot read; {writer} wrote it"

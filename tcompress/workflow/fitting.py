@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from tcompress.checkpoint.manifest import figure
 from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.errors import NumericalError
-from tcompress.formats import Factorization, Format
+from tcompress.formats import Format
+from tcompress.formats.grouped import GroupFormat
 
 _BLOCK = 1 << 18  # values compared at one time: they stay in the cache from one operation to the next
 
@@ -66,7 +67,7 @@ def fit(weight: Tensor, setting: Format, *, store: torch.dtype, device: torch.de
     Raises NumericalError when a factor is not finite in the stored type.
     """
     started = time.perf_counter()
-    factors = _stored(setting.fit(working_copy(weight, device)), setting, store)
+    factors = _stored(setting.fit(working_copy(weight, device)).state_dict(), setting, store)
     return _measured(weight, setting, factors, device, started)
 
 
@@ -77,13 +78,32 @@ def fit_several(
     started = time.perf_counter()
     swept = type(settings[0]).sweep(working_copy(weight, device), settings)
     for setting, factorization in zip(settings, swept, strict=True):
-        factors = _stored(factorization, setting, store)
+        factors = _stored(factorization.state_dict(), setting, store)
         yield _measured(weight, setting, factors, device, started)
         started = time.perf_counter()
 
 
-def _stored(factorization: Factorization, setting: Format, store: torch.dtype) -> dict[str, Tensor]:
-    factors = {name: factor.detach().to(store).cpu() for name, factor in factorization.state_dict().items()}
+def fit_group(
+    weights: Sequence[Tensor], setting: GroupFormat, *, store: torch.dtype, device: torch.device
+) -> tuple[dict[str, Tensor], list[Fitted]]:
+    """Fit one format to several weights: the shared factors, and what is each weight's own with its error.
+
+    Raises as ``fit``.
+    """
+    started = time.perf_counter()
+    shared, own = setting.fit_together([working_copy(weight, device) for weight in weights])
+    stored = _stored(shared, setting, store)
+    fitted = []
+    for weight, factors in zip(weights, own, strict=True):
+        each = _stored(factors, setting, store)
+        measured = _measured(weight, setting, {**stored, **each}, device, started)
+        fitted.append(replace(measured, factors=each))
+        started = time.perf_counter()
+    return stored, fitted
+
+
+def _stored(found: Mapping[str, Tensor], setting: Format, store: torch.dtype) -> dict[str, Tensor]:
+    factors = {name: factor.detach().to(store).cpu() for name, factor in found.items()}
     if not all(bool(torch.isfinite(factor).all()) for factor in factors.values()):
         raise NumericalError(f"{setting}: a factor is not finite as {str(store).removeprefix('torch.')}")
     return factors
@@ -93,7 +113,7 @@ def _measured(
     weight: Tensor, setting: Format, factors: dict[str, Tensor], device: torch.device, started: float
 ) -> Fitted:
     shape = tuple(weight.shape)
-    rebuilt = rebuild(type(setting), shape, factors, dtype=weight.dtype, device=device)
+    rebuilt = rebuild(setting, shape, factors, dtype=weight.dtype, device=device)
     norm, error = compare(weight, rebuilt)
     if not math.isfinite(error):
         raise NumericalError(f"{setting}: its reconstruction is not finite")
@@ -101,7 +121,7 @@ def _measured(
 
 
 def rebuild(
-    format_type: type[Format],
+    setting: Format,
     shape: tuple[int, ...],
     factors: Mapping[str, Tensor],
     *,
@@ -115,7 +135,7 @@ def rebuild(
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     working = {name: factor.to(device=device, dtype=precision) for name, factor in factors.items()}
     with torch.no_grad():
-        return format_type.load(shape, working).reconstruct().detach().to(dtype).cpu()
+        return setting.load(shape, working).reconstruct().detach().to(dtype).cpu()
 
 
 def compare(weight: Tensor, rebuilt: Tensor) -> tuple[float, float]:

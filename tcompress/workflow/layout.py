@@ -9,7 +9,7 @@ import torch
 
 from tcompress.checkpoint.dtypes import BY_TORCH
 from tcompress.checkpoint.layers import Layer
-from tcompress.checkpoint.manifest import WIDEST, Entry, Factor, compact_json
+from tcompress.checkpoint.manifest import WIDEST, Entry, Factor, compact_json, shared_stem
 from tcompress.checkpoint.writer import Piece
 from tcompress.encodings import FactorSpec, cheapest
 from tcompress.formats import Format
@@ -24,33 +24,43 @@ def entry_of(
     *,
     norm: float = WIDEST,
     relative_error: float = WIDEST,
+    group: str | None = None,
 ) -> Entry:
     """Return the layer's manifest entry; without figures it is as long as it can become."""
-    encodings = {name: cheapest(spec).name for name, spec in factors.items()}
     return Entry(
         format=setting.name,
-        options=setting.options(),
+        options=setting.pinned(layer.shape).options(),
         kind=layer.kind,
         shape=layer.shape,
         dtype=layer.dtype,
         norm=norm,
         relative_error=relative_error,
-        factors={
-            name: Factor(encodings[name], None if encodings[name] == "dense" else spec.shape)
-            for name, spec in factors.items()
-        },
+        factors=described(factors),
+        group=group,
     )
 
 
-def pieces_of(layer: Layer, factors: Mapping[str, FactorSpec]) -> list[Piece]:
-    """Return the tensors that will lie on disk for these factors, still without data."""
+def described(factors: Mapping[str, FactorSpec]) -> dict[str, Factor]:
+    """Return how these factors will lie on disk, as a manifest says it."""
+    encodings = {name: cheapest(spec).name for name, spec in factors.items()}
+    return {
+        name: Factor(encodings[name], None if encodings[name] == "dense" else spec.shape)
+        for name, spec in factors.items()
+    }
+
+
+def pieces_of(stem: str, factors: Mapping[str, FactorSpec], *, together: str | None = None) -> list[Piece]:
+    """Return the tensors that will lie on disk for these factors, still without data.
+
+    stem: the layer's name. together: the name of what must lie in the same shard, if not the stem.
+    """
     pieces = []
     for factor, spec in factors.items():
         parts = cheapest(spec).parts(spec)
         assert parts is not None, "the cheapest encoding can hold the factor"  # noqa: S101
         for part, planned in parts.items():
-            name = stored_name(layer.name, factor, part)
-            pieces.append(Piece(name, BY_TORCH[planned.dtype], planned.shape, group=layer.name))
+            name = stored_name(stem, factor, part)
+            pieces.append(Piece(name, BY_TORCH[planned.dtype], planned.shape, group=together or stem))
     return pieces
 
 
@@ -59,13 +69,19 @@ def stored_name(layer: str, factor: str, part: str) -> str:
     return f"{layer}.{factor}.{part}" if part else f"{layer}.{factor}"
 
 
-def added_header_bytes(layer: Layer, setting: Format, factors: Mapping[str, FactorSpec]) -> int:
+def added_header_bytes(
+    layer: Layer, setting: Format, factors: Mapping[str, FactorSpec], group: str | None = None
+) -> int:
     """Bytes by which compressing the layer lengthens the file's header: on small layers more than it saves."""
-    entry = compact_json({layer.name: entry_of(layer, setting, factors).to_json()})
-    pieces = pieces_of(layer, factors)
+    entry = compact_json({layer.name: entry_of(layer, setting, factors, group=group).to_json()})
     before = _header_bytes(Piece(layer.name, layer.dtype, layer.shape, group=layer.name))
-    inside = sum(_header_bytes(piece) + _PER_DIGEST for piece in pieces) - before - _PER_DIGEST
-    return len(json.dumps(entry)) + inside
+    return len(json.dumps(entry)) + _described_bytes(pieces_of(layer.name, factors)) - before - _PER_DIGEST
+
+
+def shared_header_bytes(group: str, factors: Mapping[str, FactorSpec]) -> int:
+    """Bytes by which a group's shared factors lengthen the file's header."""
+    entry = compact_json({group: {name: factor.to_json() for name, factor in described(factors).items()}})
+    return len(json.dumps(entry)) + _described_bytes(pieces_of(shared_stem(group), factors))
 
 
 def planned_bytes(layer: Layer, setting: Format, store: torch.dtype, nonzeros: int | None) -> tuple[int, int]:
@@ -73,6 +89,10 @@ def planned_bytes(layer: Layer, setting: Format, store: torch.dtype, nonzeros: i
     factors = setting.factor_specs(layer.shape, store, nonzeros)
     stored = setting.stored_bytes(layer.shape, store, nonzeros)
     return stored, added_header_bytes(layer, setting, factors)
+
+
+def _described_bytes(pieces: list[Piece]) -> int:
+    return sum(_header_bytes(piece) + _PER_DIGEST for piece in pieces)
 
 
 def _header_bytes(piece: Piece) -> int:

@@ -12,11 +12,13 @@ from typing import Any
 
 from tcompress.checkpoint.layers import Layer
 from tcompress.errors import FormatError, UsageError
-from tcompress.formats import Format, check_options, find_format, make, to_dict
+from tcompress.formats import Format, find_format, make, to_dict
+from tcompress.formats.grouped import GroupFormat
+from tcompress.formats.options import check_options, frozen
 
 VERSION = 1
 _BUDGETS = ("keep", "tolerance")
-_COMMENTS = frozenset({"why", "dense_bytes", "stored_bytes"})  # what a written plan tells its reader
+_COMMENTS = frozenset({"why", "notes", "dense_bytes", "stored_bytes"})  # what a written plan tells its reader
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Target:
         name = self.format.name
         if (self.keep is None) == (self.tolerance is None):
             raise FormatError(f"{name}: give one of {self.format.size_option}, keep and tolerance")
-        if self.format.size_option in self.options:
-            raise FormatError(f"{name}: {self.format.size_option} is given beside keep or tolerance; give one of them")
+        for size in (self.format.size_option, "ranks"):
+            if size in self.options:
+                raise FormatError(f"{name}: {size} is given beside keep or tolerance; give one of them")
         _require_fraction(name, "keep", self.keep)
         _require_fraction(name, "tolerance", self.tolerance)
         check_options(self.format, self.options)
@@ -52,17 +55,21 @@ class Rule:
     """Layers whose name matches the glob ``match`` get ``format``; None leaves them dense.
 
     one_threshold: the amount is that of all these layers together, shared out by one threshold on magnitudes.
+    together: layers whose rules give the same text here are fitted as one, by a format of several layers.
     """
 
     match: str
     format: Format | Target | None
     one_threshold: bool = False
     comments: Mapping[str, Any] = field(default_factory=dict)
+    together: str | None = None
 
     def __post_init__(self) -> None:
+        format_type: object = self.format.format if isinstance(self.format, Target) else type(self.format)
+        if self.together is not None and not (isinstance(format_type, type) and issubclass(format_type, GroupFormat)):
+            raise FormatError(f"together: {self.format or 'dense'} fits each layer for itself")
         if not self.one_threshold:
             return
-        format_type: object = self.format.format if isinstance(self.format, Target) else type(self.format)
         if not isinstance(format_type, type) or not issubclass(format_type, Format) or not format_type.has_threshold:
             raise FormatError(f"global: {self.format or 'dense'} prunes nothing, it has no threshold to share")
         if isinstance(self.format, Target) and self.format.tolerance is not None:
@@ -83,7 +90,8 @@ class Rule:
             case setting:
                 said = to_dict(setting)
         shared = {"global": True} if self.one_threshold else {}
-        return {"match": self.match, **said, **shared, **self.comments}
+        together = {"together": self.together} if self.together is not None else {}
+        return {"match": self.match, **said, **shared, **together, **self.comments}
 
 
 @dataclass(frozen=True)
@@ -164,21 +172,20 @@ def _parse_rule(rule: Any) -> Rule:
         case _:
             raise UsageError('needs "match" (a glob) and "format" (a name, or "dense")')
     comments = {key: value for key, value in rest.items() if key in _COMMENTS}
-    options = {str(key): _frozen(value) for key, value in rest.items() if key not in _COMMENTS}
+    options = {str(key): frozen(value) for key, value in rest.items() if key not in _COMMENTS}
     if name == "dense":
         if options:
             raise UsageError(f"dense takes no {', '.join(options)}")
         return Rule(match, None, comments=comments)
     one_threshold = options.pop("global", False) is True
+    together = options.pop("together", None)
+    if together is not None and (not isinstance(together, str) or not together):
+        raise UsageError(f"together is a name for layers that are fitted as one, got {together!r}")
     budget = {key: options.pop(key) for key in _BUDGETS if key in options}
     format_type = find_format(name)
     if budget:
-        return Rule(match, Target(format_type, options, **budget), one_threshold, comments)
-    return Rule(match, make(format_type, options), one_threshold, comments)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+        return Rule(match, Target(format_type, options, **budget), one_threshold, comments, together)
+    return Rule(match, make(format_type, options), one_threshold, comments, together)
 
 
 def _require_fraction(name: str, option: str, value: Any) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.reader import Checkpoint
-from tcompress.errors import NumericalError
+from tcompress.errors import FormatError, NumericalError, UsageError, printable
 from tcompress.formats import Format
 from tcompress.workflow.fitting import fit, working_copy
 from tcompress.workflow.global_threshold import share_threshold
+from tcompress.workflow.grouping import Shared, find_groups, find_shared, is_joint
 from tcompress.workflow.layout import planned_bytes
 from tcompress.workflow.plan import Plan, Rule, Target, check_matches, exactly
 from tcompress.workflow.progress import Progress, silent, steps
@@ -26,19 +27,26 @@ _ATTEMPTS = 8  # at a tolerance, against the rounding of the stored factors; two
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a layer: ``format``, or dense for ``reason``. Bytes are those on disk without the header."""
+    """What becomes of a layer: ``format``, or dense for ``reason``. Bytes are those on disk without the header.
+
+    notes: what a user should know of the format on this layer. shared: the group whose factors it shares.
+    """
 
     layer: Layer
     format: Format | None
     reason: str | None
     stored_bytes: int
     nonzeros: int | None = None
+    notes: tuple[str, ...] = ()
+    shared: Shared | None = None
 
     def to_rule(self) -> Rule:
         """Return the rule that says this of the layer alone."""
         comments = {"dense_bytes": self.layer.dense_bytes, "stored_bytes": self.stored_bytes}
         why = {} if self.reason is None else {"why": self.reason}
-        return Rule(exactly(self.layer.name), self.format, comments={**comments, **why})
+        notes = {"notes": list(self.notes)} if self.notes else {}
+        together = None if self.shared is None else self.shared.name
+        return Rule(exactly(self.layer.name), self.format, comments={**comments, **why, **notes}, together=together)
 
 
 @dataclass(frozen=True)
@@ -61,20 +69,67 @@ def decide(
 ) -> list[Decision]:
     """Return the decision for every layer, in their order.
 
-    Raises UsageError when the plan speaks of layers that are not there, NumericalError for NaN and Inf in layers that
-    it wants compressed (unless they may stay dense), FormatError for settings that make no sense.
+    Raises UsageError when the plan speaks of layers that are not there, or asks for what their shapes do not allow:
+    it lists every such layer. Raises NumericalError for NaN and Inf in layers that the plan wants compressed (unless
+    they may stay dense).
     """
     check_matches(plan, layers)
     rules = {layer.name: plan.rule_for(layer.name) for layer in layers}
     wanted = [layer for layer in layers if (rule := rules[layer.name]) is not None and rule.format is not None]
+    check_choices([(layer, rule.format) for layer in wanted if (rule := rules[layer.name]) is not None], settings)
     facts = survey(checkpoint, wanted, progress=progress)
     _refuse_nonfinite(checkpoint, wanted, facts, settings)
     sound = [layer for layer in wanted if not facts[layer.name].nonfinite]
     choices = _choices(checkpoint, sound, rules, settings)
+    joint = [(layer, choices[layer.name], rules[layer.name]) for layer in sound if is_joint(choices[layer.name])]
+    grouped = decide_groups(checkpoint, joint, settings)
     return [
-        _decision(checkpoint, layer, rules[layer.name], choices, facts, settings)
+        grouped.get(layer.name) or _decision(checkpoint, layer, rules[layer.name], choices, facts, settings)
         for layer in steps("planning", layers, progress)
     ]
+
+
+def decide_groups(
+    checkpoint: Checkpoint, choices: Sequence[tuple[Layer, Format | Target | None, Rule | None]], settings: Settings
+) -> dict[str, Decision]:
+    """Return the decision for every layer that is to be fitted together with others."""
+    decided: dict[str, Decision] = {}
+    apart = {layer.name: reason for layer, _, _ in choices if (reason := _clash(checkpoint, layer))}
+    for name, reason in apart.items():
+        layer = next(layer for layer, _, _ in choices if layer.name == name)
+        decided[name] = Decision(layer, None, reason, layer.dense_bytes)
+    for group in find_groups([(layer, c, rule) for layer, c, rule in choices if c and layer.name not in apart]):
+        found = find_shared(checkpoint, group, settings.stored_type(group.layers[0]), settings.device)
+        for layer in group.layers:
+            if isinstance(found, str):
+                decided[layer.name] = Decision(layer, None, found, layer.dense_bytes)
+            else:
+                notes = found.setting.notes(layer.shape)
+                decided[layer.name] = Decision(
+                    layer, found.setting, None, found.bytes_of(layer), notes=notes, shared=found
+                )
+    return decided
+
+
+def _clash(checkpoint: Checkpoint, layer: Layer) -> str | None:
+    clash = [name for name in checkpoint if name.startswith(layer.name + ".")]
+    return f"tensor {clash[0]} has a name that its factors would take" if clash else None
+
+
+def check_choices(choices: Sequence[tuple[Layer, Format | Target | None]], settings: Settings) -> None:
+    """Raise UsageError that lists every layer whose shape does not allow what is asked for it."""
+    problems = []
+    for layer, choice in choices:
+        try:
+            match choice:
+                case Target():
+                    choice.format.within(layer.shape, settings.stored_type(layer), layer.dense_bytes, **choice.options)
+                case Format():
+                    choice.factor_specs(layer.shape, settings.stored_type(layer))
+        except FormatError as error:
+            problems.append(f"{printable(layer.name)}: {error.reason}")
+    if problems:
+        raise UsageError("; ".join(problems))
 
 
 def resolved(decisions: Sequence[Decision]) -> Plan:
@@ -145,9 +200,9 @@ def _decision(
         return dense(str(rule.comments.get("why", "the plan leaves it dense")))
     if layer.name not in choices:
         return dense(f"holds {facts[layer.name].nonfinite} values that are NaN or Inf")
-    clash = [name for name in checkpoint if name.startswith(layer.name + ".")]
+    clash = _clash(checkpoint, layer)
     if clash:
-        return dense(f"tensor {clash[0]} has a name that its factors would take")
+        return dense(clash)
     return _weigh(checkpoint, layer, choices[layer.name], facts[layer.name].nonzeros, settings)
 
 
@@ -164,7 +219,7 @@ def _weigh(
         return Decision(layer, None, found, layer.dense_bytes)
     stored, header = planned_bytes(layer, found, store, nonzeros)
     if stored + header < layer.dense_bytes:
-        return Decision(layer, found, None, stored, nonzeros)
+        return Decision(layer, found, None, stored, nonzeros, found.notes(layer.shape))
     limit = break_even(type(found), layer, store)
     way_out = "no setting is smaller" if limit is None else f"break-even is {limit}"
     reason = f"larger than dense at {found}: {stored} + {header} header bytes, dense {layer.dense_bytes}; {way_out}"
@@ -181,7 +236,12 @@ def find_setting(
     match choice:
         case Target(keep=float() | int() as keep):
             budget = math.floor(keep * layer.dense_bytes)
-            setting = choice.format.within(layer.shape, settings.stored_type(layer), budget, **choice.options)
+            store = settings.stored_type(layer)
+            if choice.format.adapts:
+                weight = working_copy(read(), settings.device)
+                setting = choice.format.best_within(weight, store, budget, **choice.options)
+            else:
+                setting = choice.format.within(layer.shape, store, budget, **choice.options)
             return setting or f"no {choice.format.name} fits {budget} of {layer.dense_bytes} bytes"
         case Target():
             return _reaching(read(), layer, choice, settings)

@@ -32,7 +32,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What became of a layer. format None: it is dense, for ``reason``."""
+    """What became of a layer. format None: it is dense, for ``reason``. notes: what else to know, as a clipped rank."""
 
     layer: Layer
     format: Format | None
@@ -40,6 +40,7 @@ class LayerResult:
     relative_error: float | None
     seconds: float
     reason: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class CompressionResult:
     def compression_ratio(self) -> float:
         """Source bytes over output bytes: above 1 is better."""
         return self.source.nbytes / self.stored_bytes
+
+    @property
+    def exact_bytes(self) -> bool:
+        """Whether stored_bytes are exact; those of a dry run may be a bound, where the fit decides what is stored."""
+        return self.output is not None or all(row.format is None or row.format.exact_bytes for row in self.layers)
 
     @property
     def largest_error(self) -> float:
@@ -129,7 +135,11 @@ class Inspection:
 
 @dataclass(frozen=True)
 class AnalysisRow:
-    """One layer at one setting. format None: the setting could not be fitted, for the reason in ``verdict``."""
+    """One layer at one setting. format None: the setting could not be fitted, for the reason in ``verdict``.
+
+    structure: the error that the setting has on the same entries in random order, minus its error; near zero the layer
+    has nothing that this format could use. None where it was not asked for, or means nothing.
+    """
 
     layer: Layer
     asked: str
@@ -139,6 +149,8 @@ class AnalysisRow:
     seconds: float
     verdict: str
     worthwhile: bool
+    structure: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from tcompress.checkpoint.integrity import damage, sha256_of_files
 from tcompress.checkpoint.layers import Layer
-from tcompress.checkpoint.manifest import SIDECAR, Entry, parse_manifest
+from tcompress.checkpoint.manifest import SIDECAR, parse_manifest
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.safetensors_file import SafetensorsFile
 from tcompress.checkpoint.sharded import ShardedCheckpoint
@@ -64,7 +64,7 @@ def verify(
 def _layer(dense: CompressedView, layer: Layer, against: Checkpoint | None, device: torch.device) -> VerifiedLayer:
     entry = dense.manifest.layers[layer.name]
     rebuilt = dense.read(layer.name, device)
-    problems = list(_contradictions(dense, layer, entry))
+    problems = list(_contradictions(dense, layer))
     if not bool(torch.isfinite(rebuilt).all()):
         problems.append("its factors give NaN or Inf")
         return VerifiedLayer(layer.name, entry.relative_error, None, tuple(problems))
@@ -85,11 +85,11 @@ def _layer(dense: CompressedView, layer: Layer, against: Checkpoint | None, devi
     return VerifiedLayer(layer.name, entry.relative_error, measured, tuple(problems))
 
 
-def _contradictions(dense: CompressedView, layer: Layer, entry: Entry) -> Iterator[str]:
+def _contradictions(dense: CompressedView, layer: Layer) -> Iterator[str]:
     """Compare what the options announce with the factors that are there."""
     setting = dense.setting(layer.name)
     factors = dict(dense.factors(layer.name))
-    for name, spec in setting.factor_specs(entry.shape, next(iter(factors.values())).dtype).items():
+    for name, spec in dense.announced(layer.name, next(iter(factors.values())).dtype).items():
         there = tuple(factors[name].shape) if name in factors else None
         if there != spec.shape:
             yield f"{setting} announces a factor {name} of shape {spec.shape}, stored is {there}"

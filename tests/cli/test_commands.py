@@ -52,7 +52,7 @@ def test_json_is_one_document_with_stable_keys(tcompress, model_file):
     assert document["schema"] == 1
     assert list(document["layers"][0]) == [
         "name", "kind", "shape", "dtype", "format", "options", "dense_bytes", "stored_bytes", "relative_error",
-        "seconds", "reason",
+        "seconds", "reason", "notes",
     ]  # fmt: skip
     assert list(document["source"]) == ["path", "files", "bytes", "sha256"]
     for arguments in (["inspect", model_file], ["analyze", model_file], ["verify", "s.safetensors"], ["formats"]):
@@ -131,7 +131,7 @@ USAGE = {
     "budget twice": (["--format", "svd:rank=2", "--keep", "0.5"], "says its rank already; leave out --keep"),
     "no rank": (["--format", "sparse", "--rank", "2"], "sparse has no rank; use --keep, --tolerance or"),
     "no format": (["--rank", "2"], "give --format or --plan"),
-    "unknown format": (["--format", "magic", "--rank", "2"], "there is no format 'magic'; there are: svd, sparse"),
+    "unknown format": (["--format", "magic", "--rank", "2"], "there is no format 'magic'; there are: svd, tt, "),
     "unknown option": (["--format", "svd:rang=2"], "svd: has no option rang; it has rank, seed"),
     "no such layer": (["--format", "svd", "--rank", "2", "--include", "x*"], "no layer matches x*; there are"),
     "keep of two": (["--format", "svd", "--keep", "2"], "Invalid value for '--keep'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tcompress.encodings import cheapest
+from tcompress.encodings import FactorSpec, cheapest
 from tcompress.errors import FormatError
 from tcompress.formats import FORMATS, from_dict, make, parse, to_dict
 
@@ -27,6 +28,8 @@ SHAPES = {
     "depthwise conv": (24, 1, 3, 3),
     "embedding": (50, 12),
 }
+# Their fits are local optima: a size that fails may lie above one that does, and one too large is never tried.
+SEARCHED = {"cp", "sparse-product"}
 everywhere = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 every_format = pytest.mark.parametrize("format_type", FORMATS.values(), ids=FORMATS.keys())
 
@@ -116,7 +119,7 @@ def test_embedding_equals_the_dense_operation(format_type):
 def test_loading_the_factors_gives_the_same_weight(format_type, shape):
     for setting in settings(format_type, shape):
         fitted = setting.fit(weight_of(shape))
-        again = format_type.load(shape, dict(fitted.state_dict()))
+        again = setting.load(shape, dict(fitted.state_dict()))
         assert torch.equal(again.reconstruct(), fitted.reconstruct())
 
 
@@ -126,14 +129,18 @@ def test_loading_the_factors_gives_the_same_weight(format_type, shape):
 def test_stored_bytes_are_those_of_the_encoded_factors(format_type, shape, dtype):
     weight = weight_of(shape)
     for setting in settings(format_type, shape):
-        factors = setting.fit(weight).state_dict()
+        factors = {name: factor.to(dtype) for name, factor in setting.fit(weight).state_dict().items()}
         planned = setting.factor_specs(shape, dtype, nonzeros=weight.numel())
-        parts = [
-            part
+        assert factors.keys() == planned.keys()
+        specs = {
+            name: FactorSpec(tuple(factor.shape), dtype, planned[name].nonzeros and int(torch.count_nonzero(factor)))
             for name, factor in factors.items()
-            for part in cheapest(planned[name]).encode(factor.to(dtype)).values()
-        ]
-        assert sum(part.nbytes for part in parts) == setting.stored_bytes(shape, dtype, weight.numel())
+        }
+        parts = [part for name, factor in factors.items() for part in cheapest(specs[name]).encode(factor).values()]
+        announced = setting.stored_bytes(shape, dtype, weight.numel())
+        assert sum(part.nbytes for part in parts) <= announced
+        if format_type.exact_bytes:
+            assert sum(part.nbytes for part in parts) == announced
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -155,6 +162,16 @@ def test_a_budget_of_nothing_fits_nothing(format_type):
     assert format_type.within((24, 24), torch.float32, 0) is None
 
 
+def one_step_poorer(setting, weight):
+    """The setting with one less in its last size; None where there is nothing to take away."""
+    size = getattr(setting, setting.size_option)
+    if size is None:  # a rank for each cut: the last was chosen with all others known
+        *others, last = setting.ranks
+        return dataclasses.replace(setting, ranks=(*others, last - 1)) if last > 1 else None
+    smaller = size - 1 if isinstance(size, int) else size - 1 / weight.numel()
+    return dataclasses.replace(setting, **{setting.size_option: smaller}) if smaller > 0 else None
+
+
 @everywhere
 @every_format
 @pytest.mark.parametrize("relative_error", [0.5, 0.1, 0.01])
@@ -162,10 +179,10 @@ def test_reaching_is_the_smallest_setting_within_the_error(format_type, shape, r
     weight = weight_of(shape)
     setting = format_type.reaching(weight, relative_error)
     assert error(weight, setting.fit(weight)) <= relative_error + 1e-6
-    size = getattr(setting, setting.size_option)
-    smaller = size - 1 if isinstance(size, int) else size - 1 / weight.numel()
-    if smaller > 0:
-        assert error(weight, make(format_type, {setting.size_option: smaller}).fit(weight)) > relative_error - 1e-6
+    if format_type.name in SEARCHED:
+        return
+    poorer = one_step_poorer(setting, weight)
+    assert poorer is None or error(weight, poorer.fit(weight)) > relative_error - 1e-6
 
 
 @everywhere
@@ -226,11 +243,12 @@ def test_awkward_weights_give_finite_factors(format_type, weight):
 
 @every_format
 def test_factors_that_do_not_make_the_shape_are_refused(format_type):
-    factors = dict(settings(format_type, (24, 20))[0].fit(weight_of((24, 20))).state_dict())
+    setting = settings(format_type, (24, 20))[0]
+    factors = dict(setting.fit(weight_of((24, 20))).state_dict())
     with pytest.raises(FormatError, match=f"^{format_type.name}: "):
-        format_type.load((24, 21), factors)
+        setting.load((24, 21), factors)
     with pytest.raises(FormatError, match=f"^{format_type.name}: has factors"):
-        format_type.load((24, 20), {**factors, "surplus": torch.ones(1)})
+        setting.load((24, 20), {**factors, "surplus": torch.ones(1)})
 
 
 @every_format

@@ -48,7 +48,7 @@ def test_scipy_gets_the_same_matrix():
 
 def test_scipy_gets_bfloat16_as_float32():
     matrix = torch.tensor([[0, 1.5], [-2, 0]], dtype=torch.bfloat16)
-    found = Sparse.load((2, 2), {"matrix": matrix}).to_scipy()
+    found = Sparse(density=1).load((2, 2), {"matrix": matrix}).to_scipy()
     assert found.dtype == np.float32
     assert found.toarray().tolist() == [[0, 1.5], [-2, 0]]
 

@@ -37,3 +37,36 @@ def test_a_rank_above_the_dimensions_is_clipped():
 def test_a_senseless_rank_is_refused(rank):
     with pytest.raises(FormatError, match="svd: rank must be a whole number of at least 1"):
         SVD(rank=rank)
+
+
+@pytest.mark.parametrize("shape", [(12, 8, 3, 3), (12, 8, 5), (12, 8, 1, 7), (6, 4, 2, 3, 2), (24, 1, 3, 3)], ids=str)
+def test_the_error_of_the_spatial_matrix_is_that_of_eckart_and_young(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    out, in_, height, *width = shape
+    rows = [weight[o, :, h].reshape(-1) for o in range(out) for h in range(height)]  # the outputs, each row by row
+    values = torch.linalg.svdvals(torch.stack(rows).double())
+    for rank in (1, 3, len(values) - 1):
+        found = SVD(rank=rank, matricisation="spatial").fit(weight)
+        lost = (weight - found.reconstruct()).double().norm()
+        torch.testing.assert_close(lost, values[rank:].norm(), rtol=1e-5, atol=1e-5)
+    specs = SVD(rank=2, matricisation="spatial").factor_specs(shape, torch.float32)
+    assert sum(spec.values for spec in specs.values()) == 2 * (out * height + in_ * torch.Size(width).numel())
+
+
+def test_a_separable_kernel_is_one_column_after_one_row():
+    column, row = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
+    sobel = torch.outer(column, row).reshape(1, 1, 3, 3)
+    assert SVD.reaching(sobel, 1e-6, matricisation="spatial").rank == 1
+    torch.testing.assert_close(SVD(rank=1, matricisation="spatial").fit(sobel).reconstruct().detach(), sobel)
+
+
+def test_the_matrices_are_the_same_where_there_is_no_kernel():
+    weight = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    channel, spatial = (SVD(rank=3, matricisation=name).fit(weight) for name in ("channel", "spatial"))
+    assert torch.equal(channel.reconstruct(), spatial.reconstruct())
+
+
+@pytest.mark.parametrize("value", ["rows", "", 1, None, ["channel"]], ids=str)
+def test_an_unknown_matricisation_is_told_with_those_there_are(value):
+    with pytest.raises(FormatError, match="svd: matricisation is one of channel, spatial, got"):
+        SVD(rank=1, matricisation=value)

@@ -7,6 +7,7 @@ import torch
 
 from tcompress.checkpoint.opening import open_checkpoint
 from tcompress.errors import NumericalError, UsageError
+from tcompress.formats import FORMATS
 from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
 from tcompress.workflow.analysis import analyze
@@ -28,8 +29,10 @@ def test_what_analysis_says_is_what_compression_does(model_file, tmp_path):
 
 def test_unasked_every_quick_format_is_tried_at_several_budgets(model_file):
     found = analyze(open_checkpoint(model_file))
-    assert found.asked == tuple(f"{f}:keep={k}" for f in ("svd", "sparse") for k in ("0.5", "0.25", "0.1"))
-    assert len(found.rows) == 5 * 6
+    quick = [name for name, format_type in FORMATS.items() if format_type.quick]
+    assert quick == ["svd", "tt", "ttm", "tucker", "sparse"]
+    assert found.asked == tuple(f"{name}:keep={k}" for name in quick for k in ("0.5", "0.25", "0.1"))
+    assert len(found.rows) == 5 * len(found.asked)
 
 
 def test_larger_at_this_rank_is_said_with_the_break_even(model_file):

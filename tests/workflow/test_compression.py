@@ -123,9 +123,10 @@ def test_a_tolerance_holds_for_the_stored_error(model_file, tmp_path, format_typ
     choice = Target(format_type, tolerance=0.08)
     result = run(model_file, tmp_path / "out.safetensors", choice, settings=Settings(store=store))
     compressed = [row for row in result.layers if row.format is not None]
-    assert compressed
+    assert compressed or format_type.name in {"shuffled", "joint"}  # nothing here is low-rank in a random order
     assert all(row.relative_error <= 0.08 for row in compressed)
-    assert all("larger than dense" in row.reason for row in result.layers if row.format is None)
+    reasons = ("larger than dense", "has nothing to share")
+    assert all(any(reason in row.reason for reason in reasons) for row in result.layers if row.format is None)
 
 
 def test_one_threshold_prunes_all_layers_at_the_same_magnitude(model_file, tmp_path):

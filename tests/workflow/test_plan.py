@@ -73,7 +73,7 @@ def test_every_problem_of_a_plan_is_told_at_once():
         parse_plan(document(*rules), "plan.json")
     problems = str(caught.value).removeprefix("plan.json: ").split("; rule ")
     assert [problem.removeprefix("rule ").split(":")[0] for problem in problems] == [str(n) for n in range(1, 12)]
-    assert "there is no format 'tensor-train-of-thought'; there are: svd, sparse" in problems[2]
+    assert "there is no format 'tensor-train-of-thought'; there are: svd, tt, " in problems[2]
 
 
 @pytest.mark.parametrize(

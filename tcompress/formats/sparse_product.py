@@ -1,0 +1,166 @@
+"""sparse-product: weight ~ scale * S_1 S_2 ... S_Q, a product of sparse matrices (hierarchical PALM4MSA).
+
+Letters: out, fan_in as in base; Q = count, the number of factors; s = nonzeros kept in every row and every column.
+The matrix is the (out, fan_in) matricisation; the smaller of the two sizes is that of the inner factors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tcompress.encodings import FactorSpec
+from tcompress.errors import FormatError
+from tcompress.formats.base import (
+    Factorization,
+    Format,
+    Shape,
+    fan_in,
+    largest,
+    matrix_of,
+    require_count,
+    require_matrix_like,
+)
+from tcompress.formats.search import smallest_reaching
+from tcompress.linalg.palm import product, sparse_product
+from tcompress.linalg.sparse_sets import default_count, full_nonzeros, sparse_product_nonzeros
+
+_MOST_FACTORS = 64
+
+
+@dataclass(frozen=True)
+class SparseProduct(Format):
+    """Keep in every factor the ``nonzeros`` largest values of each row and of each column.
+
+    count: number of factors, 2 or more; None takes the paper's, the logarithm of the larger size.
+    """
+
+    nonzeros: int
+    count: int | None = 2
+
+    name: ClassVar[str] = "sparse-product"
+    summary: ClassVar[str] = "product of sparse matrices (hierarchical PALM4MSA)"
+    rebuild: ClassVar[str] = "(scale * factors.0 @ factors.1 @ ...).reshape(shape)"
+    reference: ClassVar[str] = "Le Magoarou & Gribonval 2016; Giffon et al. 2021 (PSM-nets)"
+    size_option: ClassVar[str] = "nonzeros"
+    rank_option: ClassVar[str | None] = "nonzeros"
+    quick: ClassVar[bool] = False
+    exact_bytes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_count(self.name, "nonzeros", self.nonzeros)
+        if self.count is not None:
+            require_count(self.name, "count", self.count, least=2)
+            if self.count > _MOST_FACTORS:
+                raise FormatError(f"{self.name}: count is at most {_MOST_FACTORS}, got {self.count}")
+
+    def factors(self, shape: Shape) -> int:
+        """Return the number of factors."""
+        require_matrix_like(self.name, shape)
+        return self.count or max(2, default_count(shape[0], fan_in(shape)))
+
+    def fit(self, weight: Tensor) -> Factorization:
+        shape = tuple(weight.shape)
+        scale, factors = sparse_product(matrix_of(weight), self.nonzeros, self.factors(shape))
+        scale_of = torch.tensor([scale], dtype=torch.float64)
+        return SparseFactors(shape, scale_of.to(weight), [factor.to(weight) for factor in factors])
+
+    def factor_specs(self, shape: Shape, dtype: torch.dtype, nonzeros: int | None = None) -> Mapping[str, FactorSpec]:
+        del nonzeros  # factors of a sparse weight are no sparser
+        count = self.factors(shape)
+        bounds = sparse_product_nonzeros(shape[0], fan_in(shape), self.nonzeros, count)
+        sparse = {f"factors.{k}": FactorSpec(size, dtype, most) for k, (size, most) in enumerate(bounds)}
+        return {"scale": FactorSpec((1,), dtype), **sparse}
+
+    @classmethod
+    def within(cls, shape: Shape, dtype: torch.dtype, budget_bytes: int, **options: Any) -> Self | None:
+        def fits(nonzeros: int) -> bool:
+            setting = cls(**{**options, "nonzeros": max(1, nonzeros)})
+            return nonzeros == 0 or setting.stored_bytes(shape, dtype) <= budget_bytes
+
+        require_matrix_like(cls.name, shape)
+        nonzeros = largest(fits, full_nonzeros(shape[0], fan_in(shape)))
+        return cls(**{**options, "nonzeros": nonzeros}) if nonzeros else None
+
+    @classmethod
+    def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:
+        most = full_nonzeros(weight.shape[0], fan_in(tuple(weight.shape)))
+        return smallest_reaching(weight, relative_error, lambda s: cls(**{**options, "nonzeros": s}), most)
+
+    def richer(self, shape: Shape) -> Self | None:
+        require_matrix_like(self.name, shape)
+        if self.nonzeros >= full_nonzeros(shape[0], fan_in(shape)):
+            return None
+        return replace(self, nonzeros=self.nonzeros + 1)
+
+    def pinned(self, shape: Shape) -> Self:
+        return replace(self, count=self.factors(shape))
+
+    def notes(self, shape: Shape) -> tuple[str, ...]:
+        most = full_nonzeros(shape[0], fan_in(shape))
+        return (f"nonzeros {self.nonzeros} are clipped to {most}",) if self.nonzeros > most else ()
+
+    def load(self, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
+        names = [f"factors.{k}" for k in range(len(factors) - 1)]
+        if set(factors) != {"scale", *names} or len(names) != self.factors(shape):
+            raise FormatError(f"{self.name}: has factors {sorted(factors)}, needs scale and {self.factors(shape)} more")
+        matrices = [factors[name] for name in names]
+        ends = [shape[0], *(matrix.shape[0] if matrix.ndim == 2 else -1 for matrix in matrices[1:]), fan_in(shape)]
+        expected = list(pairwise(ends))
+        if [tuple(matrix.shape) for matrix in matrices] != expected or factors["scale"].shape != (1,):
+            raise FormatError(
+                f"{self.name}: factors {[tuple(matrix.shape) for matrix in matrices]} do not make {shape}"
+            )
+        return SparseFactors(shape, factors["scale"], matrices)
+
+
+class SparseFactors(Factorization):
+    """scale: (1,); factors: S_1 (out, a), S_2 (a, b), ..., S_Q (z, fan_in), mostly zeros."""
+
+    def __init__(self, shape: Shape, scale: Tensor, factors: list[Tensor]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.scale = nn.Parameter(scale)
+        self.factors = nn.ParameterList(factors)
+
+    def reconstruct(self) -> Tensor:
+        return (self.scale * product(list(self.factors))).reshape(self.shape)
+
+    def operations(self, *, groups: int = 1, steps: int = 1) -> int:
+        del steps
+        if groups != 1 or len(self.shape) > 2:  # a convolution has no sparse kernel here: it takes the dense weight
+            return super().operations()
+        return sum(int(torch.count_nonzero(factor)) for factor in self.factors)
+
+    def linear(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not self.saves():  # sparse products have no gradient for the values of a factor
+            return super().linear(x)
+        state = x.reshape(-1, self.shape[1]).T
+        for factor in reversed(list(self.factors)):
+            state = _compressed_rows(factor) @ state
+        return (self.scale * state.T).reshape(*x.shape[:-1], self.shape[0])
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        first, *others = self.factors
+        return F.embedding(ids, first) @ (self.scale * product(list(others)))
+
+
+def _compressed_rows(factor: Tensor) -> Tensor:
+    _announce_once()
+    return factor.to_sparse_csr()
+
+
+@lru_cache(maxsize=1)
+def _announce_once() -> None:
+    """Let torch say, unheard, that its compressed rows are in beta: it says so once in a process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.eye(1).to_sparse_csr()

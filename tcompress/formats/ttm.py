@@ -1,0 +1,181 @@
+"""ttm: the tensor-train matrix: out and in modes in pairs, (i1 j1)(i2 j2)..., and one spatial core for a convolution.
+
+Letters: i1..id = out_modes; j1..jd = in_modes, as many; k = values of the kernel; core l is (r_{l-1}, i_l, j_l, r_l),
+the spatial core (r, k, 1, 1). With rank 1 the matrix is a Kronecker product of its cores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from tcompress.errors import FormatError
+from tcompress.formats.base import CONV, Factorization, Shape
+from tcompress.formats.folded import Folded, Ranks
+from tcompress.formats.folding import Folding, Modes
+from tcompress.formats.tt import cores_of
+from tcompress.linalg.folding import balanced_modes
+from tcompress.linalg.scaling import even_ranges
+from tcompress.linalg.tensor_train import full_ranks, ranks_for_error, tt_full, tt_svd, usable_ranks
+
+
+@dataclass(frozen=True)
+class TTMatrix(Folded):
+    """Tensor-train matrix of rank at most ``rank`` at every cut, or of the given ``ranks``."""
+
+    name: ClassVar[str] = "ttm"
+    summary: ClassVar[str] = "tensor-train matrix: out and in modes in pairs, a spatial core for convolutions (r-TT)"
+    rebuild: ClassVar[str] = "unfold(train(cores); i1, j1, i2, j2, ..., k)"
+    reference: ClassVar[str] = "Oseledets 2010; Novikov et al. 2015 (TT-layer); Su et al. 2018 (r-TT)"
+    quick: ClassVar[bool] = True
+
+    @classmethod
+    def usual_order(cls, shape: Shape) -> int:
+        del shape
+        return 2
+
+    @classmethod
+    def _split(cls, size: int, order: int, which: str) -> Modes:
+        # Pairs of equal size: the largest out mode goes with the smallest in mode.
+        modes = balanced_modes(size, order)
+        return modes if which == "out_modes" else modes[::-1]
+
+    @classmethod
+    def groups(cls, outs: int, ins: int, *, kernel: bool) -> tuple[tuple[int, ...], ...]:
+        if outs != ins:
+            raise FormatError(f"ttm: pairs out_modes with in_modes, but there are {outs} and {ins}")
+        pairs = [(pair, outs + pair) for pair in range(outs)]
+        return (*pairs, (2 * outs,)) if kernel else tuple(pairs)
+
+    @classmethod
+    def full_ranks(cls, folding: Folding) -> Ranks:
+        return full_ranks(folding.sizes)
+
+    @classmethod
+    def reduced(cls, folding: Folding, ranks: Ranks) -> Ranks:
+        return usable_ranks(folding.sizes, ranks)
+
+    @classmethod
+    def factor_shapes(cls, folding: Folding, ranks: Ranks) -> Mapping[str, Shape]:
+        around, modes = (1, *ranks, 1), _pairs(folding)
+        return {f"cores.{k}": (around[k], *pair, around[k + 1]) for k, pair in enumerate(modes)}
+
+    def fit(self, weight: Tensor) -> Factorization:
+        folding = self.folding(tuple(weight.shape))
+        cores = even_ranges(tt_svd(folding.fold(weight), self.clipped(folding)))
+        pairs = _pairs(folding)
+        return TensorTrainMatrix(
+            folding, [core.reshape(core.shape[0], *pair, -1) for core, pair in zip(cores, pairs, strict=True)]
+        )
+
+    @classmethod
+    def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:
+        folding = cls(**{**options, "rank": 1}).folding(tuple(weight.shape))
+        ranks = ranks_for_error(folding.fold(weight), relative_error)
+        if not ranks:  # a single pair is the weight itself
+            return cls(**options, rank=1)
+        found = cls(**options, ranks=ranks)
+        return found.trimmed(weight, relative_error) if folding.is_padded else found
+
+    def load(self, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
+        cores = cores_of(factors)
+        folding = self.require_factors(shape, factors, tuple(core.shape[-1] for core in cores[:-1]))
+        return TensorTrainMatrix(folding, cores)
+
+
+class TensorTrainMatrix(Factorization):
+    """cores: (r_{l-1}, i_l, j_l, r_l) each."""
+
+    def __init__(self, folding: Folding, cores: list[Tensor]) -> None:
+        super().__init__()
+        self.shape, self.folding = folding.shape, folding
+        self.cores = nn.ParameterList(cores)
+
+    def reconstruct(self) -> Tensor:
+        return self.folding.unfold(tt_full([core.flatten(1, 2) for core in self.cores]))
+
+    def operations(self, *, groups: int = 1, steps: int = 1) -> int:
+        if groups != 1:  # the outputs of one group are no block of the modes: it takes the dense kernel
+            return super().operations()
+        if len(self.shape) == 2:
+            return _operations(list(self.cores))
+        *channels, spatial = self.cores
+        return _operations(channels) * steps + self.shape[0] * int(spatial.numel())
+
+    def linear(self, x: Tensor) -> Tensor:
+        cores = list(self.cores)
+        if not self.saves():
+            return super().linear(x)
+        return self._through(x.reshape(-1, self.shape[1]), cores)[:, :, 0].reshape(*x.shape[:-1], self.shape[0])
+
+    def conv(self, x: Tensor, **geometry: Any) -> Tensor:
+        if not self.saves(**geometry):
+            return super().conv(x, **geometry)
+        out, in_ = self.shape[:2]
+        *channels, spatial = self.cores
+        batch, sizes = x.shape[0], x.shape[2:]
+        inner = self._through(x.movedim(1, -1).reshape(-1, in_), channels)  # (batch * positions, out, rank)
+        rank = inner.shape[2]
+        inner = inner.reshape(batch, math.prod(sizes), out, rank).permute(0, 2, 3, 1).reshape(batch * out, rank, *sizes)
+        result: Tensor = CONV[len(self.shape)](inner, spatial.reshape(1, rank, *self.shape[2:]), **geometry)
+        whole: Tensor = result.reshape(batch, out, *result.shape[2:])
+        return whole
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        cores = list(self.cores)
+        width, whole = self.shape[1], math.prod(self.folding.padded)
+        if ids.numel() * sum(core[:, 0].numel() for core in cores) * width >= whole * cores[-1].shape[0]:
+            return super().embedding(ids)
+        flat = ids.reshape(-1)
+        places = digits(flat, self.folding.out_modes, self.shape[0])
+        rows: Tensor = cores[0].new_ones(len(flat), 1, 1)  # (ids, columns so far, rank)
+        for core, digit in zip(cores, places, strict=True):
+            chosen = core[:, digit].movedim(1, 0)  # (ids, r, j, r')
+            rows = torch.einsum("ncr,nrjs->ncjs", rows, chosen).flatten(1, 2)
+        return rows[:, :width, 0].reshape(*ids.shape, width)
+
+    def _through(self, x: Tensor, cores: list[Tensor]) -> Tensor:
+        """Return (inputs, out, rank of the last core) for x: (inputs, in), contracting core after core."""
+        padded_in = self.folding.padded[1]
+        if padded_in != x.shape[1]:
+            x = torch.nn.functional.pad(x, (0, padded_in - x.shape[1]))
+        state = x.reshape(len(x), 1, 1, padded_in)  # (inputs, outputs so far, rank, inputs left)
+        for core in cores:
+            rank, i, j, after = core.shape
+            inputs, outputs, left = state.shape[0], state.shape[1], state.shape[3] // j
+            split = state.reshape(inputs, outputs, rank, j, left)
+            state = torch.einsum("nprjq,rijs->npisq", split, core).reshape(inputs, outputs * i, after, left)
+        return state[:, : self.shape[0], :, 0]
+
+
+def _pairs(folding: Folding) -> list[tuple[int, int]]:
+    """Return (i, j) of each core; the spatial core has the kernel for i and 1 for j."""
+    pairs = list(zip(folding.out_modes, folding.in_modes, strict=True))
+    return [*pairs, (folding.kernel, 1)] if len(folding.shape) > 2 else pairs
+
+
+def _operations(cores: list[Tensor]) -> int:
+    """Multiplications per input on the way through the cores, first to last."""
+    total, outputs, left = 0, 1, math.prod(core.shape[2] for core in cores)
+    for core in cores:
+        rank, i, j, after = core.shape
+        left //= j
+        total += outputs * left * rank * j * i * after
+        outputs *= i
+    return total
+
+
+def digits(ids: Tensor, modes: Modes, rows: int) -> list[Tensor]:
+    """Return each id's index in every mode, row-major. Raises IndexError for ids outside of 0..rows-1."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+        raise IndexError("an id is outside of the embedding")
+    found = []
+    for mode in reversed(modes):
+        found.append(ids % mode)
+        ids = ids // mode
+    return found[::-1]
