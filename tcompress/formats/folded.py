@@ -28,7 +28,8 @@ class Folded(Format):
     """A rank for all, or a rank each; and how the weight is folded, where the rule of the format is not wanted.
 
     rank: the largest of all ranks. ranks: one each, in the format's order. Exactly one of the two is given.
-    order: number of modes that each channel size is split into; None takes the format's own.
+    order: number of modes that each channel size is split into; None takes as many as the other side is given, or the
+    format's own number.
     out_modes, in_modes: the modes themselves. padding: zeros added to out and to in before they are split.
     """
 
@@ -69,8 +70,6 @@ class Folded(Format):
         for value in values:
             require_count(self.name, option, value)
 
-    # ------------------------------------------------------------------------------------- what a format says of itself
-
     @classmethod
     @abstractmethod
     def usual_order(cls, shape: Shape) -> int:
@@ -97,12 +96,10 @@ class Folded(Format):
         del folding
         return ranks
 
-    # --------------------------------------------------------------------------------------------- what follows from it
-
     def folding(self, shape: Shape) -> Folding:
         """Return how a weight of this shape is folded. Raises FormatError when the modes do not fit it."""
         require_matrix_like(self.name, shape)
-        order = self.order or self.usual_order(shape)
+        order = self.order or len(self.out_modes or self.in_modes or ()) or self.usual_order(shape)
         sides = []
         for size, modes, padding, which in (
             (shape[0], self.out_modes, self.padding[0], "out_modes"),

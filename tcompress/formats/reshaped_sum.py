@@ -71,8 +71,6 @@ class ReshapedSum(Format):
             if modes is not None and len(modes) != 2:
                 raise FormatError(f"reshaped-sum: the paired term has two modes a side, got {listed(modes)}")
 
-    # --------------------------------------------------------------------------------------------------- what it means
-
     def terms(self, shape: Shape) -> list[Format | None]:
         """Return the format of each term, None where its rank is 0."""
         return [self._term(name, rank) if rank else None for name, rank in zip(*self._plan(shape), strict=True)]
@@ -126,8 +124,6 @@ class ReshapedSum(Format):
     def _asked(self, shape: Shape) -> tuple[int, ...]:
         return self.ranks if self.ranks is not None else (self.rank or 1,) * len(self._plan(shape)[0])
 
-    # ---------------------------------------------------------------------------------------------------------- fitting
-
     def fit(self, weight: Tensor) -> Factorization:
         return SumOfTerms(tuple(weight.shape), self._alternate(weight, _SWEEPS)[0])
 
@@ -166,8 +162,6 @@ class ReshapedSum(Format):
         if left or not any(terms):
             raise FormatError(f"reshaped-sum: has factors {sorted(factors)}, needs those of {len(terms)} terms")
         return SumOfTerms(shape, terms)
-
-    # ------------------------------------------------------------------------------------------------------- the amount
 
     @classmethod
     def within(cls, shape: Shape, dtype: torch.dtype, budget_bytes: int, **options: Any) -> Self | None:

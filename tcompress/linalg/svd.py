@@ -59,7 +59,7 @@ def truncated_svd(
     scaled, exponent = scaled_to_unit(matrix.detach())
     is_wide = matrix.shape[0] < matrix.shape[1]
     tall = scaled.T if is_wide else scaled
-    exact = _exact_is_cheaper(max(matrix.shape), min(matrix.shape), r)
+    exact = _exact_is_cheaper(max(matrix.shape), min(matrix.shape), r, excess)
     found = None if exact else _krylov_subspace(tall, r, seed, excess)
     if found is None:
         found = _gram_subspace(tall, r)
@@ -119,16 +119,17 @@ def scaled_to_unit(matrix: Tensor) -> tuple[Tensor, int]:
     return times_power_of_two(matrix, -exponent), exponent
 
 
-def _exact_is_cheaper(m: int, n: int, r: int) -> bool:
-    """Compare operations: the Gram matrix and its eigenvectors against three or four Krylov steps.
+def _exact_is_cheaper(m: int, n: int, r: int, excess: float) -> bool:
+    """Compare operations: the Gram matrix and its eigenvectors against Krylov steps, one for each digit asked for.
 
     The factors before cubes were measured on LAPACK's eigensolver, whose operations are slower than a product's. They
     move the border between two right answers, so that another machine at worst loses some time there.
     """
     b = _block_columns(r)
     exact = 2 * m * n**2 + 18 * n**3
-    krylov = 14 * m * n * b + 40 * (m + n) * b**2 + 900 * b**3
-    return 3 * b > _LARGEST_BASIS * n or exact <= krylov
+    steps = math.log10(1 / excess)
+    krylov = (14 * m * n * b + 40 * (m + n) * b**2 + 900 * b**3) * steps / 3
+    return steps * b > _LARGEST_BASIS * n or exact <= krylov
 
 
 def _block_columns(r: int) -> int:

@@ -17,11 +17,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from tcompress.linalg.svd import rank_for_error, singular_values, truncated_svd
+from tcompress.linalg.svd import rank_for_error, singular_values, symmetric_eigen, truncated_svd
 from tcompress.linalg.tensor_train import FINE
 
 Factors = list[Tensor | None]
 _SWEEPS = 100
+_SMALL = 256  # rows of an unfolding whose Gram matrix is decomposed at once
 _GAIN = 1e-6  # of the norm, by which a sweep must lower the error to be followed by another
 
 
@@ -31,9 +32,20 @@ def tucker(tensor: Tensor, ranks: Sequence[int | None], *, seed: int = 0) -> tup
     The squared error of the start is the sum of what the truncations left out, hence at most d times the best possible;
     every sweep of HOOI lowers it. Raises NumericalError as truncated_svd does.
     """
-    core, factors = st_hosvd(tensor, ranks, seed=seed)
-    if sum(factor is not None and factor.shape[0] > factor.shape[1] for factor in factors) < 2:
-        return core, factors  # with one mode truncated, that truncation was the best there is
+    cut = [rank if rank is not None and rank < size else None for rank, size in zip(ranks, tensor.shape, strict=True)]
+    core, factors = st_hosvd(tensor, cut, seed=seed)
+    if len(tensor.shape) - cut.count(None) > 1:  # with one mode truncated, that truncation was the best there is
+        core, factors = _iterate(tensor, core, factors, cut, seed)
+    for mode, rank in enumerate(ranks):
+        if rank is not None and cut[mode] is None:  # any basis of a whole mode does: this one costs nothing
+            factors[mode] = torch.eye(tensor.shape[mode], dtype=tensor.dtype, device=tensor.device)
+    return core.clone() if core is tensor else core, factors
+
+
+def _iterate(
+    tensor: Tensor, core: Tensor, factors: Factors, ranks: Sequence[int | None], seed: int
+) -> tuple[Tensor, Factors]:
+    """Sweep until the error falls no more."""
     total = float(torch.linalg.vector_norm(tensor.double()).square())
     before = _error(core, total)
     for _ in range(_SWEEPS):
@@ -140,9 +152,20 @@ def _sweep(tensor: Tensor, factors: Factors, ranks: Sequence[int | None], seed: 
             core = _project(reduced, factors, [other for other in own if other != mode])
             rank = ranks[mode]
             assert rank is not None  # noqa: S101
-            factors[mode] = truncated_svd(unfolding(core, mode), rank, seed=seed, excess=FINE)[0]
+            factors[mode] = _leading(unfolding(core, mode), rank, seed)
             core = _project(core, factors, [mode])
     return core
+
+
+def _leading(matrix: Tensor, rank: int, seed: int) -> Tensor:
+    """Return the leading left singular vectors: (n, r).
+
+    Of a small matrix by its Gram matrix alone: in a sweep nothing else of the decomposition is wanted.
+    """
+    if matrix.dtype == torch.float64 or matrix.shape[0] > _SMALL:
+        return truncated_svd(matrix, rank, seed=seed, excess=FINE)[0]
+    wide = matrix.double()  # whose squares neither overflow nor underflow
+    return symmetric_eigen(wide @ wide.T)[1][:, -rank:].flip(1).to(matrix.dtype).contiguous()
 
 
 def _project(tensor: Tensor, factors: Sequence[Tensor | None], modes: Sequence[int]) -> Tensor:
