@@ -184,7 +184,9 @@ def formats_view(document: Document) -> RenderableType:
         [
             entry["name"],
             entry["summary"],
-            ", ".join(name if default is None else f"{name}={default}" for name, default in entry["options"].items()),
+            ", ".join(
+                name if default is None else f"{name}={_short(default)}" for name, default in entry["options"].items()
+            ),
             entry["reference"],
         ]
         for entry in document["formats"]
@@ -194,8 +196,13 @@ def formats_view(document: Document) -> RenderableType:
 
 def setting_text(row: Document) -> str:
     """Return format and options on one line, without options that say nothing of size when there are none."""
-    options = ":".join(f"{name}={_short(value)}" for name, value in (row["options"] or {}).items())
+    options = ":".join(_option(name, value) for name, value in (row["options"] or {}).items())
     return ":".join(filter(None, [row["format"] or "", options]))
+
+
+def _option(name: str, value: object) -> str:
+    # Options of a format inside an option carry its name, as on the command line: inner=tt:inner.order=3.
+    return f"{name}={_short(value)}".replace(":", f":{name}.")
 
 
 def limit_lines(limits: Document) -> list[str]:

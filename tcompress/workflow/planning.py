@@ -22,6 +22,7 @@ from tcompress.workflow.progress import Progress, silent, steps
 from tcompress.workflow.survey import Facts, survey
 
 CPU = torch.device("cpu")
+_NAMES_SHOWN = 3  # of layers with one problem
 _ATTEMPTS = 8  # at a tolerance, against the rounding of the stored factors; two or three do
 
 
@@ -117,8 +118,8 @@ def _clash(checkpoint: Checkpoint, layer: Layer) -> str | None:
 
 
 def check_choices(choices: Sequence[tuple[Layer, Format | Target | None]], settings: Settings) -> None:
-    """Raise UsageError that lists every layer whose shape does not allow what is asked for it."""
-    problems = []
+    """Raise UsageError that lists every problem of shapes that do not allow what is asked, and whose they are."""
+    problems: dict[str, list[str]] = {}
     for layer, choice in choices:
         try:
             match choice:
@@ -127,9 +128,14 @@ def check_choices(choices: Sequence[tuple[Layer, Format | Target | None]], setti
                 case Format():
                     choice.factor_specs(layer.shape, settings.stored_type(layer))
         except FormatError as error:
-            problems.append(f"{printable(layer.name)}: {error.reason}")
+            problems.setdefault(error.reason, []).append(printable(layer.name))
     if problems:
-        raise UsageError("; ".join(problems))
+        raise UsageError("; ".join(f"{_several(names)}: {reason}" for reason, names in problems.items()))
+
+
+def _several(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
 def resolved(decisions: Sequence[Decision]) -> Plan:

@@ -42,6 +42,15 @@ def test_modes_that_do_not_multiply_are_told_for_every_layer_before_any_work(mod
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_a_problem_of_many_layers_is_told_once(tmp_path):
+    save_file({f"layers.{n}.weight": torch.ones(10, 8) for n in range(6)}, tmp_path / "same.safetensors")
+    with pytest.raises(UsageError) as caught:
+        dry_run(open_checkpoint(tmp_path / "same.safetensors"), plan_for(TT(rank=2, out_modes=(3, 3))))
+    names = "layers.0.weight, layers.1.weight, layers.2.weight and 3 more"
+    assert str(caught.value).startswith(f"{names}: tt: out_modes=3,3 makes 9, the weight has 10")
+    assert str(caught.value).count("out_modes") == 1
+
+
 def test_a_wrong_number_of_ranks_is_told(model):
     with pytest.raises(UsageError, match=r"a.weight: tt: 2 ranks are given, modes .* have 3"):
         dry_run(model, plan_for(TT(ranks=(2, 2))))
