@@ -23,6 +23,7 @@ from tcompress.formats.folding import Folding
 from tcompress.formats.search import smallest_within
 from tcompress.formats.ttm import digits
 from tcompress.linalg.cp import cp_als, cp_reconstruct
+from tcompress.linalg.distance import compare
 from tcompress.linalg.scaling import even_ranges
 
 
@@ -80,15 +81,14 @@ class CP(Folded):
     @classmethod
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:
         """Search the ranks that are smaller than dense; the full rank, which is exact, where none of them does."""
-        shape, norm = tuple(weight.shape), float(torch.linalg.vector_norm(weight.double()))
+        shape = tuple(weight.shape)
         (full,) = cls.full_ranks(cls(**{**options, "rank": 1}).folding(shape))
         useful = cls.within(shape, weight.dtype, weight.numel() * weight.dtype.itemsize, **options)
         most = 0 if useful is None or useful.rank is None else useful.rank
 
         def reaches(rank: int) -> bool:
             found = cls(**{**options, "rank": rank}).fit(weight)
-            lost = weight.double() - found.reconstruct().detach().double()
-            return float(torch.linalg.vector_norm(lost)) <= relative_error * norm
+            return compare(weight, found.reconstruct().detach())[1] <= relative_error
 
         rank = smallest_within(reaches, most + 1)
         return cls(**{**options, "rank": rank if rank <= most else full})

@@ -17,6 +17,7 @@ from tcompress.encodings import FactorSpec
 from tcompress.errors import FormatError
 from tcompress.formats.base import Format, Shape, largest, listed, require_count, require_matrix_like
 from tcompress.formats.folding import Folding, Modes, check_modes
+from tcompress.linalg.distance import compare
 from tcompress.linalg.folding import balanced_modes
 
 Ranks = tuple[int, ...]
@@ -191,11 +192,9 @@ class Folded(Format):
         Ranks found by successive truncation leave room where padding is cut off or sweeps lower the error afterwards.
         """
         setting = self
-        norm = float(torch.linalg.vector_norm(weight.double()))
         while setting.ranks is not None and setting.ranks[-1] > 1:
             poorer = replace(setting, ranks=(*setting.ranks[:-1], setting.ranks[-1] - 1))
-            lost = weight.double() - poorer.fit(weight).reconstruct().detach().double()
-            if float(torch.linalg.vector_norm(lost)) > relative_error * norm:
+            if compare(weight, poorer.fit(weight).reconstruct().detach())[1] > relative_error:
                 break
             setting = poorer
         return setting

@@ -32,6 +32,7 @@ from tcompress.formats.search import smallest_within
 from tcompress.formats.staged import StagedFactorization, Stages
 from tcompress.formats.svd import SVD, LowRankMatrix
 from tcompress.formats.tucker import Tucker
+from tcompress.linalg.distance import compare, frobenius_norm
 from tcompress.linalg.scaling import even_ranges
 from tcompress.linalg.svd import truncated_svd
 from tcompress.linalg.tucker import tucker, usable_ranks
@@ -104,9 +105,9 @@ class Joint(GroupFormat):
 
     def fit_together(self, weights: Sequence[Tensor]) -> tuple[Factors, list[Factors]]:
         shape = tuple(weights[0].shape)
-        norms = [torch.linalg.vector_norm(weight.double()) for weight in weights]
+        norms = [frobenius_norm(weight) for weight in weights]
         scaled = [
-            (weight.double() / norm if norm > 0 else weight).to(weight.dtype).reshape(*shape[:2], -1)
+            (weight.double() / (norm or 1.0)).to(weight.dtype).reshape(*shape[:2], -1)
             for weight, norm in zip(weights, norms, strict=True)
         ]
         stack = torch.stack(scaled)  # (N, out, in, k)
@@ -139,7 +140,7 @@ class Joint(GroupFormat):
             setting = cls(**{**options, "rank": rank})
             shared, own = setting.fit_together(weights)
             return all(
-                _relative_error(weight, setting.load(shape, {**shared, **each})) <= relative_error
+                compare(weight, setting.load(shape, {**shared, **each}).reconstruct().detach())[1] <= relative_error
                 for weight, each in zip(weights, own, strict=True)
             )
 
@@ -205,7 +206,7 @@ class JointMember(StagedFactorization):
         return Stages(self.out_basis, middle.reshape(*middle.shape[:2], *self.shape[2:]), self.in_basis.T)
 
 
-def _shared_basis(stack: Tensor, norms: Sequence[Tensor], rank: int) -> tuple[Factors, list[Factors]]:
+def _shared_basis(stack: Tensor, norms: Sequence[float], rank: int) -> tuple[Factors, list[Factors]]:
     """Return the shared rows and each member's coefficients, from the SVD of the outputs stacked: (N * out, in * k)."""
     members, out = stack.shape[:2]
     left, values, right = truncated_svd(stack.reshape(members * out, -1), rank)
@@ -222,9 +223,3 @@ def _in_range(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if not all(bool(factor.isfinite().all()) for factor in scaled):
         raise NumericalError(f"joint: the norms of the weights exceed the range of {dtype}")
     return scaled
-
-
-def _relative_error(weight: Tensor, found: Factorization) -> float:
-    norm = float(torch.linalg.vector_norm(weight.double()))
-    lost = float(torch.linalg.vector_norm(weight.double() - found.reconstruct().detach().double()))
-    return lost / norm if norm > 0 else lost

@@ -20,6 +20,7 @@ from tcompress.formats.base import Factorization, Format, Shape, largest, listed
 from tcompress.formats.search import smallest_reaching
 from tcompress.formats.svd import SVD
 from tcompress.formats.ttm import TTMatrix
+from tcompress.linalg.distance import frobenius_norm
 from tcompress.linalg.svd import singular_values
 
 RESHAPES = ("channel", "spatial", "paired")
@@ -132,7 +133,7 @@ class ReshapedSum(Format):
         terms = self.terms(tuple(weight.shape))
         found: list[Factorization | None] = [None] * len(terms)
         parts = [torch.zeros_like(weight)] * len(terms)
-        norm = error = float(torch.linalg.vector_norm(weight.double()))
+        norm = error = frobenius_norm(weight)
         rest = weight
         for sweep in range(sweeps):
             improved, new_parts, left = list(found), list(parts), rest
@@ -142,7 +143,7 @@ class ReshapedSum(Format):
                     fitted = improved[position] = term.fit(target)
                     new_parts[position] = fitted.reconstruct().detach()
                     left = target - new_parts[position]
-            before, after = error, float(torch.linalg.vector_norm(left.double()))
+            before, after = error, frobenius_norm(left)
             if after > before and sweep > 0:  # rounding, where the error is that small
                 break
             found, parts, rest, error = improved, new_parts, left, after
@@ -202,7 +203,7 @@ class ReshapedSum(Format):
         For one term with the others fixed the choice is in closed form: keep the singular values whose square exceeds
         penalty times cost (the cost is linear in the rank). Alternated as in `fit`; the penalty by bisection.
         """
-        low, high = 0.0, float(torch.linalg.vector_norm(weight.double()).square()) / min(costs)
+        low, high = 0.0, frobenius_norm(weight) ** 2 / min(costs)
         best: tuple[int, ...] = (0,) * len(names)
         parts = [torch.zeros_like(weight) for _ in names]
         for _ in range(_CHOICE_STEPS):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from tcompress.formats.base import Format
+from tcompress.linalg.distance import compare
 
 AnyFormat = TypeVar("AnyFormat", bound=Format)
 
@@ -17,11 +17,9 @@ def smallest_reaching(
     weight: Tensor, relative_error: float, setting: Callable[[int], AnyFormat], most: int
 ) -> AnyFormat:
     """Return the setting of the smallest size found, 1..most, whose fit is within the error; ``most`` if none is."""
-    norm = float(torch.linalg.vector_norm(weight.double()))
 
     def reaches(size: int) -> bool:
-        lost = weight.double() - setting(size).fit(weight).reconstruct().detach().double()
-        return float(torch.linalg.vector_norm(lost)) <= relative_error * norm
+        return compare(weight, setting(size).fit(weight).reconstruct().detach())[1] <= relative_error
 
     return setting(smallest_within(reaches, most))
 

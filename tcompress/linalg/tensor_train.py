@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from tcompress.linalg.distance import frobenius_norm
 from tcompress.linalg.svd import rank_for_error, singular_values, truncated_svd
 
 Cores = list[Tensor]
@@ -41,7 +41,7 @@ def ranks_for_error(tensor: Tensor, relative_error: float) -> tuple[int, ...]:
     The errors of successive truncations are orthogonal, so their squares add up exactly. Each of the d - 1 gets an
     equal part of what those before it left over (Oseledets 2011 gives each the same delta, and wastes the rest).
     """
-    total = float(torch.linalg.vector_norm(tensor.double()).square())
+    total = frobenius_norm(tensor) ** 2
     left_over, ranks, before, rest = relative_error**2 * total, [], 1, tensor
     for position, size in enumerate(tensor.shape[:-1]):
         matrix = rest.reshape(before * size, -1)

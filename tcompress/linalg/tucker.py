@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from tcompress.linalg.distance import frobenius_norm
 from tcompress.linalg.svd import rank_for_error, singular_values, symmetric_eigen, truncated_svd
 from tcompress.linalg.tensor_train import FINE
 
@@ -46,7 +47,7 @@ def _iterate(
     tensor: Tensor, core: Tensor, factors: Factors, ranks: Sequence[int | None], seed: int
 ) -> tuple[Tensor, Factors]:
     """Sweep until the error falls no more."""
-    total = float(torch.linalg.vector_norm(tensor.double()).square())
+    total = frobenius_norm(tensor) ** 2
     before = _error(core, total)
     for _ in range(_SWEEPS):
         improved = list(factors)
@@ -79,7 +80,7 @@ def ranks_for_error(tensor: Tensor, relative_error: float, modes: Iterable[int])
     Squared errors of successive truncations add up: each mode gets an equal part of what those before it left over.
     The modes are truncated in the order in which they are given.
     """
-    total = float(torch.linalg.vector_norm(tensor.double()).square())
+    total = frobenius_norm(tensor) ** 2
     left_over, core, wanted, ranks = relative_error**2 * total, tensor, list(modes), []
     for position, mode in enumerate(wanted):
         matrix = unfolding(core, mode)
@@ -193,4 +194,4 @@ def _refold(matrix: Tensor, shape: Sequence[int], mode: int) -> Tensor:
 
 def _error(core: Tensor, total: float) -> float:
     """Return the Frobenius error: of orthonormal factors, what the core does not carry."""
-    return math.sqrt(max(0.0, total - float(torch.linalg.vector_norm(core.double()).square())))
+    return math.sqrt(max(0.0, total - frobenius_norm(core) ** 2))

@@ -15,8 +15,8 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.safetensors_file import SafetensorsFile
 from tcompress.checkpoint.sharded import ShardedCheckpoint
 from tcompress.errors import TcompressError
+from tcompress.linalg.distance import compare
 from tcompress.workflow.decoding import CompressedView, view
-from tcompress.workflow.fitting import compare
 from tcompress.workflow.progress import Progress, silent, steps
 from tcompress.workflow.results import VerificationResult, VerifiedLayer
 

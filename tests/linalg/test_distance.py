@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tcompress.workflow.fitting import compare
+from tcompress.linalg.distance import compare
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
