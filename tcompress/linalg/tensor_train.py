@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tcompress.linalg.distance import frobenius_norm
-from tcompress.linalg.svd import rank_for_error, singular_values, truncated_svd
+from tcompress.linalg.subspace import split_off
+from tcompress.linalg.svd import rank_for_error, singular_values
 
 Cores = list[Tensor]
-FINE = 1e-6  # excess of one truncation over the best of its rank: those of all cores add up
 
 
 def tt_svd(tensor: Tensor, ranks: Sequence[int], *, seed: int = 0) -> Cores:
@@ -29,9 +29,9 @@ def tt_svd(tensor: Tensor, ranks: Sequence[int], *, seed: int = 0) -> Cores:
     """
     rest, cores, before = tensor if ranks else tensor.clone(), [], 1  # a train of one core is no view of its input
     for size, rank in zip(tensor.shape[:-1], ranks, strict=True):
-        left, values, right = truncated_svd(rest.reshape(before * size, -1), rank, seed=seed, excess=FINE)
+        left, rest = split_off(rest.reshape(before * size, -1), rank, seed=seed)
         cores.append(left.reshape(before, size, -1))
-        rest, before = values[:, None] * right, len(values)
+        before = left.shape[1]
     return [*cores, rest.reshape(before, tensor.shape[-1], 1)]
 
 
@@ -52,8 +52,8 @@ def ranks_for_error(tensor: Tensor, relative_error: float) -> tuple[int, ...]:
         ranks.append(rank)
         left_over -= float(values[rank:].square().sum())
         if position < tensor.ndim - 2:
-            _, kept, right = truncated_svd(matrix, rank, excess=FINE)
-            rest, before = kept[:, None] * right, len(kept)
+            _, rest = split_off(matrix, rank)
+            before = rest.shape[0]
     return tuple(ranks)
 
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from tcompress.linalg.distance import frobenius_norm
-from tcompress.linalg.svd import rank_for_error, singular_values, symmetric_eigen, truncated_svd
-from tcompress.linalg.tensor_train import FINE
+from tcompress.linalg.subspace import split_off
+from tcompress.linalg.svd import rank_for_error, singular_values
 
 Factors = list[Tensor | None]
 _SWEEPS = 100
-_SMALL = 256  # rows of an unfolding whose Gram matrix is decomposed at once
 _GAIN = 1e-6  # of the norm, by which a sweep must lower the error to be followed by another
+_LARGE = 1 << 22  # values from which a sweep, two passes over all of them, must gain ten times as much
 
 
 def tucker(tensor: Tensor, ranks: Sequence[int | None], *, seed: int = 0) -> tuple[Tensor, Factors]:
@@ -48,6 +48,7 @@ def _iterate(
 ) -> tuple[Tensor, Factors]:
     """Sweep until the error falls no more."""
     total = frobenius_norm(tensor) ** 2
+    gain = _GAIN if tensor.numel() < _LARGE else 10 * _GAIN
     before = _error(core, total)
     for _ in range(_SWEEPS):
         improved = list(factors)
@@ -56,7 +57,7 @@ def _iterate(
         if error > before:  # rounding, where the error is that small
             break
         core, factors = candidate, improved
-        if before - error <= _GAIN * math.sqrt(total):
+        if before - error <= gain * math.sqrt(total):
             break
         before = error
     return core, factors
@@ -68,9 +69,8 @@ def st_hosvd(tensor: Tensor, ranks: Sequence[int | None], *, seed: int = 0) -> t
     for mode in _shrinking_first(tensor.shape, ranks):
         rank = ranks[mode]
         assert rank is not None  # noqa: S101
-        left, values, right = truncated_svd(unfolding(core, mode), rank, seed=seed, excess=FINE)
-        factors[mode] = left
-        core = _refold(values[:, None] * right, core.shape, mode)
+        factors[mode], rest = split_off(unfolding(core, mode), rank, seed=seed)
+        core = _refold(rest, core.shape, mode)
     return core, factors
 
 
@@ -91,8 +91,7 @@ def ranks_for_error(tensor: Tensor, relative_error: float, modes: Iterable[int])
         ranks.append(rank)
         left_over -= float(values[rank:].square().sum())
         if position < len(wanted) - 1:
-            _, kept, right = truncated_svd(matrix, rank, excess=FINE)
-            core = _refold(kept[:, None] * right, core.shape, mode)
+            core = _refold(split_off(matrix, rank)[1], core.shape, mode)
     return tuple(ranks)
 
 
@@ -153,20 +152,9 @@ def _sweep(tensor: Tensor, factors: Factors, ranks: Sequence[int | None], seed: 
             core = _project(reduced, factors, [other for other in own if other != mode])
             rank = ranks[mode]
             assert rank is not None  # noqa: S101
-            factors[mode] = _leading(unfolding(core, mode), rank, seed)
-            core = _project(core, factors, [mode])
+            factors[mode], rest = split_off(unfolding(core, mode), rank, seed=seed)
+            core = _refold(rest, core.shape, mode)
     return core
-
-
-def _leading(matrix: Tensor, rank: int, seed: int) -> Tensor:
-    """Return the leading left singular vectors: (n, r).
-
-    Of a small matrix by its Gram matrix alone: in a sweep nothing else of the decomposition is wanted.
-    """
-    if matrix.dtype == torch.float64 or matrix.shape[0] > _SMALL:
-        return truncated_svd(matrix, rank, seed=seed, excess=FINE)[0]
-    wide = matrix.double()  # whose squares neither overflow nor underflow
-    return symmetric_eigen(wide @ wide.T)[1][:, -rank:].flip(1).to(matrix.dtype).contiguous()
 
 
 def _project(tensor: Tensor, factors: Sequence[Tensor | None], modes: Sequence[int]) -> Tensor:

@@ -33,6 +33,9 @@ COMMANDS = {
     "compress svd --rank 32": ["compress", "{model}", "--format", "svd", "--rank", "32", "-o", "{small}"],
     "verify --against": ["verify", "{small}", "--against", "{model}"],
     "decompress": ["decompress", "{small}", "-o", "{dense}"],
+    "compress tt --rank 32": ["compress", "{model}", "--format", "tt", "--rank", "32", "-o", "{small}"],
+    "compress ttm --rank 32": ["compress", "{model}", "--format", "ttm", "--rank", "32", "-o", "{small}"],
+    "compress tucker --rank 16": ["compress", "{model}", "--format", "tucker", "--rank", "16", "-o", "{small}"],
     "compress sparse --keep 0.3": ["compress", "{model}", "--format", "sparse", "--keep", "0.3", "-o", "{small}"],
     "compress sparse --keep 0.3 --global": [
         "compress", "{model}", "--format", "sparse", "--keep", "0.3", "--global", "-o", "{small}",
