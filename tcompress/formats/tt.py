@@ -60,7 +60,10 @@ class TT(Folded):
     @classmethod
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:
         folding = cls(**{**options, "rank": 1}).folding(tuple(weight.shape))
-        found = cls(**options, ranks=ranks_for_error(folding.fold(weight), relative_error))
+        ranks = ranks_for_error(folding.fold(weight), relative_error)
+        if not ranks:  # a single mode is the weight itself
+            return cls(**options, rank=1)
+        found = cls(**options, ranks=ranks)
         return found.trimmed(weight, relative_error) if folding.is_padded else found
 
     def load(self, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:

@@ -9,23 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tcompress.errors import FormatError
 from tcompress.formats.base import CONV, Factorization, Shape
-from tcompress.formats.folded import Folded, Ranks
+from tcompress.formats.folded import Ranks
 from tcompress.formats.folding import Folding, Modes
-from tcompress.formats.tt import cores_of
+from tcompress.formats.tt import TT, cores_of
 from tcompress.linalg.folding import balanced_modes
 from tcompress.linalg.scaling import even_ranges
-from tcompress.linalg.tensor_train import full_ranks, ranks_for_error, tt_full, tt_svd, usable_ranks
+from tcompress.linalg.tensor_train import tt_full, tt_svd
 
 
 @dataclass(frozen=True)
-class TTMatrix(Folded):
+class TTMatrix(TT):
     """Tensor-train matrix of rank at most ``rank`` at every cut, or of the given ``ranks``."""
 
     name: ClassVar[str] = "ttm"
@@ -33,11 +33,6 @@ class TTMatrix(Folded):
     rebuild: ClassVar[str] = "unfold(train(cores); i1, j1, i2, j2, ..., k)"
     reference: ClassVar[str] = "Oseledets 2010; Novikov et al. 2015 (TT-layer); Su et al. 2018 (r-TT)"
     quick: ClassVar[bool] = True
-
-    @classmethod
-    def usual_order(cls, shape: Shape) -> int:
-        del shape
-        return 2
 
     @classmethod
     def _split(cls, size: int, order: int, which: str) -> Modes:
@@ -53,14 +48,6 @@ class TTMatrix(Folded):
         return (*pairs, (2 * outs,)) if kernel else tuple(pairs)
 
     @classmethod
-    def full_ranks(cls, folding: Folding) -> Ranks:
-        return full_ranks(folding.sizes)
-
-    @classmethod
-    def reduced(cls, folding: Folding, ranks: Ranks) -> Ranks:
-        return usable_ranks(folding.sizes, ranks)
-
-    @classmethod
     def factor_shapes(cls, folding: Folding, ranks: Ranks) -> Mapping[str, Shape]:
         around, modes = (1, *ranks, 1), _pairs(folding)
         return {f"cores.{k}": (around[k], *pair, around[k + 1]) for k, pair in enumerate(modes)}
@@ -72,15 +59,6 @@ class TTMatrix(Folded):
         return TensorTrainMatrix(
             folding, [core.reshape(core.shape[0], *pair, -1) for core, pair in zip(cores, pairs, strict=True)]
         )
-
-    @classmethod
-    def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:
-        folding = cls(**{**options, "rank": 1}).folding(tuple(weight.shape))
-        ranks = ranks_for_error(folding.fold(weight), relative_error)
-        if not ranks:  # a single pair is the weight itself
-            return cls(**options, rank=1)
-        found = cls(**options, ranks=ranks)
-        return found.trimmed(weight, relative_error) if folding.is_padded else found
 
     def load(self, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
         cores = cores_of(factors)
