@@ -84,7 +84,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     tall = scaled if matrix.shape[0] >= matrix.shape[1] else scaled.T
     try:
         values = torch.linalg.eigvalsh(_gram(tall)).flip(0).clamp_min(0).sqrt()
-        if values[-1] < _GRAM_RESOLVES * values[0]:
+        if not values[-1] >= _GRAM_RESOLVES * values[0]:  # of NaN, which LAPACK may return unannounced, as well
             values = torch.linalg.svdvals(tall.double())
     except LinAlgError as error:
         raise NumericalError("the singular values do not converge") from error
@@ -254,18 +254,21 @@ def _whitening(gram: Tensor) -> Tensor:
 def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, ascending, and eigenvectors of a matrix without negative eigenvalues.
 
-    LAPACK's divide and conquer fails to converge on a few matrices with many equal eigenvalues, another one in each
-    version; there the singular vectors, which are the same, mostly come out. Raises NumericalError where not.
+    LAPACK's divide and conquer fails on a few matrices with many equal eigenvalues, others in each version: it does
+    not converge, or says nothing and returns NaN. There the singular vectors, which are the same, mostly come out.
+    Raises NumericalError where not.
     """
     try:
         values, vectors = torch.linalg.eigh(gram)
+        if values.isfinite().all() and vectors.isfinite().all():
+            return values, vectors
     except LinAlgError:
-        try:
-            vectors, values, _ = torch.linalg.svd(gram)
-        except LinAlgError as error:
-            raise NumericalError("the singular value decomposition does not converge") from error
-        return values.flip(0), vectors.flip(1)
-    return values, vectors
+        pass
+    try:
+        vectors, values, _ = torch.linalg.svd(gram)
+    except LinAlgError as error:
+        raise NumericalError("the singular value decomposition does not converge") from error
+    return values.flip(0), vectors.flip(1)
 
 
 def _bordered(gram: Tensor, border: Tensor) -> Tensor:

@@ -295,3 +295,16 @@ def test_an_eigensolver_that_fails_to_converge_is_no_end(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.linalg, "svd", fails)
     with pytest.raises(NumericalError, match="does not converge"):
         truncated_svd(matrix, 8)
+
+
+@pytest.mark.parametrize("shape", [(80, 60), (900, 700)])
+def test_an_eigensolver_that_returns_nan_unannounced_is_no_end(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]):
+    """As LAPACK's did on the float32 Gram matrix of a published weight, with one thread and not with two."""
+    solve = torch.linalg.eigh
+
+    def spoils(gram: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = solve(gram)
+        return values, vectors.index_fill(1, torch.tensor([vectors.shape[1] - 1]), torch.nan)
+
+    monkeypatch.setattr(torch.linalg, "eigh", spoils)
+    assert_as_good_as_promised(torch.randn(shape, generator=torch.Generator().manual_seed(0)), 8)
