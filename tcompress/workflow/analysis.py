@@ -155,8 +155,11 @@ def _with_structure(
     errors: dict[Format, float] = {}
     for kind in dict.fromkeys(type(setting) for setting in fitted):
         own = [setting for setting in fitted if type(setting) is kind]
-        for each in fit_several(control, own, store=store, device=settings.device):
-            errors[each.format] = each.relative_error
+        try:
+            for each in fit_several(control, own, store=store, device=settings.device):
+                errors[each.format] = each.relative_error
+        except NumericalError:
+            continue  # the control is a figure beside the others: without it they stand all the same
     for row in rows:
         without = None if row.format is None else errors.get(row.format)
         if without is None or row.relative_error is None:

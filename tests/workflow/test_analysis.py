@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tcompress.checkpoint.opening import open_checkpoint
 from tcompress.errors import NumericalError, UsageError
 from tcompress.formats import FORMATS
 from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
+from tcompress.linalg.permutation import unshuffled
 from tcompress.workflow.analysis import analyze
 from tcompress.workflow.compression import compress
 from tcompress.workflow.plan import Target, plan_for
@@ -59,3 +61,15 @@ def test_nan_is_refused_or_passed_over(tmp_path):
         analyze(open_checkpoint(tmp_path / "inf.pt"))
     found = analyze(open_checkpoint(tmp_path / "inf.pt"), settings=Settings(allow_nonfinite=True))
     assert {row.verdict for row in found.rows} == {"keep dense: holds 900 values that are NaN or Inf"}
+
+
+def test_a_control_that_cannot_be_fitted_costs_the_figure_alone(tmp_path):
+    """In random order these values make one row, whose factor is beyond float16; as they stand they do not."""
+    row = torch.zeros(64, 64)
+    row[0] = 1e9
+    save_file({"a.weight": unshuffled(row, 0)}, tmp_path / "scattered.safetensors")
+    settings = Settings(store=torch.float16)
+    model = open_checkpoint(tmp_path / "scattered.safetensors")
+    (found,) = analyze(model, [SVD(rank=2)], structure=True, settings=settings).rows
+    assert found.relative_error is not None
+    assert found.structure is None
