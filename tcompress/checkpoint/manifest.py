@@ -31,14 +31,21 @@ SIDECAR = "tcompress.json"  # the whole model's manifest beside its shards
 
 @dataclass(frozen=True)
 class Factor:
-    """How one factor lies on disk; ``shape`` is None for dense factors, whose tensor has it."""
+    """How one factor lies on disk; ``shape`` is None for dense factors, whose tensor has it.
+
+    values: the name of the codes that stand for its values, None for values as they are.
+    """
 
     encoding: str
     shape: tuple[int, ...] | None = None
+    values: str | None = None
 
     def to_json(self) -> Any:
         """Return the encoding's name alone where that says it all."""
-        return self.encoding if self.shape is None else {"encoding": self.encoding, "shape": list(self.shape)}
+        if self.shape is None:
+            return self.encoding
+        values = {} if self.values is None else {"values": self.values}
+        return {"encoding": self.encoding, "shape": list(self.shape), **values}
 
 
 @dataclass(frozen=True)
@@ -260,7 +267,9 @@ def _factor(factor: str, value: Any, layer: str, path: Path) -> Factor:
     match value:
         case str(encoding):
             return Factor(encoding)
-        case {"encoding": str(encoding), "shape": [*sizes]} if _is_shape(sizes):
+        case {"encoding": str(encoding), "shape": [*sizes], "values": str(values)} if _is_shape(sizes):
+            return Factor(encoding, tuple(sizes), values)
+        case {"encoding": str(encoding), "shape": [*sizes]} if _is_shape(sizes) and "values" not in value:
             return Factor(encoding, tuple(sizes))
     raise InputError(f"its manifest entry for factor {factor} is damaged", path=path, tensor=layer)
 

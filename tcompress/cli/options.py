@@ -49,7 +49,12 @@ Tolerance = Annotated[
     ),
 ]
 DTypeName = Annotated[
-    str | None, typer.Option("--dtype", help="Store factors as bf16, fp16 or fp32; default: each layer's own type.")
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Store factors as bf16, fp16, fp32, int8 or int4 (codes with scales); default: each layer's own type.",
+        metavar="TYPE",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.", metavar="DEVICE")]
 Threads = Annotated[int | None, typer.Option(help="Number of CPU threads.", min=1, metavar="N")]
@@ -70,7 +75,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | 
     "GIB": 1 << 30,
     "TIB": 1 << 40,
 }
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8", "int4": "int4"}
 
 
 def parse_size(text: str | None, option: str) -> int | None:

@@ -1,23 +1,33 @@
-"""What an encoding is: one factor tensor <-> the parts that lie on disk, their bytes known before there is any data.
+"""What lies on disk for a factor: its values in some type, and the support that says where they belong.
 
-Letters: a factor is (rows, columns) or any other shape, with ``nonzeros`` values whose bits are not all zero.
+Letters: a factor is (rows, columns) or any other shape, with ``nonzeros`` values whose bits are not all zero; a row is
+an index of its first size. Bytes are known before there is any data.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from tcompress.errors import InputError
 
 # The integer type with the same width, through which values are compared bit by bit (-0.0 and NaN included) and
 # handed to NumPy, which has no bfloat16.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # a marker that torch has without saying so
+CODED = (torch.int8, INT4)  # stored types that stand for codes with scales
+
+# Takes the stored values, in their order, out of any tensor of the factor's shape; and puts them back between zeros.
+Select = Callable[[Tensor], Tensor]
+Place = Callable[[Tensor], Tensor]
+
+_Part = TypeVar("_Part")
 
 
 @dataclass(frozen=True)
@@ -35,11 +45,17 @@ class PartSpec:
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """Shape and type of a factor; ``nonzeros`` is None for factors without zeros worth leaving out."""
+    """Shape and stored type of a factor; the types int8 and int4 stand for codes with scales.
+
+    nonzeros: None for factors without zeros worth leaving out. skips: bytes of delta8 that hold no value; None where
+    only a bound is known. pattern: (n, m), with at most n nonzeros in every m neighbours of a row.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     nonzeros: int | None = None
+    skips: int | None = None
+    pattern: tuple[int, int] | None = None
 
     @property
     def values(self) -> int:
@@ -47,30 +63,114 @@ class FactorSpec:
         return math.prod(self.shape)
 
 
-class Encoding(ABC):
-    """A way to lay a factor down. Decoding is exact, to the bit."""
+class Support(ABC):
+    """Which elements are stored, in which order, and how that lies on disk."""
 
-    name: ClassVar[str]  # on disk; never changes its meaning once released
-
-    @abstractmethod
-    def parts(self, factor: FactorSpec) -> Mapping[str, PartSpec] | None:
-        """Return what would lie on disk, by part name; None when this encoding cannot hold the factor."""
+    name: str  # on disk; never changes its meaning once released
+    part_names: tuple[str, ...]
 
     @abstractmethod
-    def encode(self, factor: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Return the parts of a CPU tensor."""
+    def stored(self, factor: FactorSpec) -> tuple[int, ...] | None:
+        """Return the shape of the stored values; None when this support cannot hold the factor."""
 
     @abstractmethod
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-        """Return the factor. Raises InputError when the parts contradict each other or the shape."""
+    def parts(self, factor: FactorSpec) -> dict[str, PartSpec]:
+        """Return what would lie on disk beside the values, for a factor that it can hold."""
+
+    @abstractmethod
+    def encode(self, factor: Tensor) -> tuple[dict[str, Tensor], Select]:
+        """Return these parts of a contiguous CPU tensor, and what takes its stored values out of it."""
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[tuple[int, ...], Place]:
+        """Return the shape of the stored values, and what puts them where they belong.
+
+        Raises InputError when the parts contradict each other or the shape.
+        """
+
+
+class Values(ABC):
+    """How the stored values themselves lie on disk."""
+
+    name: ClassVar[str | None]  # on disk, None for values as they are
+    part_names: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def parts(self, factor: FactorSpec, stored: tuple[int, ...]) -> dict[str, PartSpec] | None:
+        """Return what would lie on disk for so many values; None when the factor is not to be stored like this."""
+
+    @abstractmethod
+    def encode(self, factor: Tensor, select: Select) -> dict[str, Tensor]:
+        """Return the parts of a CPU tensor in its ``value_type``. Raises NumericalError where they cannot hold it."""
+
+    @abstractmethod
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], stored: tuple[int, ...], place: Place
+    ) -> Tensor:
+        """Return the factor. Raises InputError as ``Support.decode`` does."""
+
+
+@dataclass(frozen=True)
+class Coding:
+    """A support and a way to hold the values on it. What decoding gives is encoded to the same values again."""
+
+    support: Support
+    held: Values
+
+    @property
+    def name(self) -> str:
+        """The support's name on disk."""
+        return self.support.name
+
+    @property
+    def values(self) -> str | None:
+        """The name on disk of the way the values are held; None for values as they are."""
+        return self.held.name
+
+    @property
+    def is_plain_tensor(self) -> bool:
+        """Whether the factor is one tensor, which then has no name and needs no shape of its own."""
+        return not self.support.part_names and self.held.name is None
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the parts, the values first."""
+        return ("",) if self.is_plain_tensor else (*self.held.part_names, *self.support.part_names)
+
+    def parts(self, factor: FactorSpec) -> dict[str, PartSpec] | None:
+        """Return what would lie on disk, by part name; None when this coding is not for the factor."""
+        stored = self.support.stored(factor)
+        values = None if stored is None else self.held.parts(factor, stored)
+        return None if values is None else self._named({**values, **self.support.parts(factor)})
 
     def nbytes(self, factor: FactorSpec) -> int | None:
-        """Bytes of all parts on disk; None when this encoding cannot hold the factor."""
+        """Bytes of all parts on disk; None when this coding is not for the factor."""
         parts = self.parts(factor)
         return None if parts is None else sum(part.nbytes for part in parts.values())
 
+    def encode(self, factor: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a CPU tensor in its ``value_type``. Raises NumericalError where they cannot hold it."""
+        factor = factor.contiguous()
+        where, select = self.support.encode(factor)
+        return self._named({**self.held.encode(factor, select), **where})
 
-def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Return the factor. Raises InputError when the parts contradict each other or the shape."""
+        if self.is_plain_tensor:
+            parts = {self.held.part_names[0]: parts[""]}
+        stored, place = self.support.decode(parts, shape)
+        return self.held.decode(parts, shape, stored, place)
+
+    def _named(self, parts: dict[str, _Part]) -> dict[str, _Part]:
+        return dict(zip(self.part_names, parts.values(), strict=True))
+
+
+def value_type(stored: torch.dtype) -> torch.dtype:
+    """Return the type that the values of a factor have in memory when it is stored as ``stored``."""
+    return torch.float32 if stored in CODED else stored
+
+
+def bits_of(tensor: Tensor) -> Tensor:
     """Return the values of a contiguous tensor as integers of the same width."""
     return tensor.contiguous().view(BITS[tensor.dtype.itemsize])
 

@@ -1,25 +1,31 @@
-"""dense: the tensor as it is."""
+"""dense: every element is stored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+from torch import Tensor
 
-from tcompress.encodings.base import Encoding, FactorSpec, PartSpec, require
+from tcompress.encodings.base import FactorSpec, PartSpec, Place, Select, Support
 
 
-class Dense(Encoding):
-    """One part without a name of its own: the factor itself."""
+class Dense(Support):
+    """No parts: the values have the factor's shape."""
 
     name = "dense"
+    part_names = ()
 
-    def parts(self, factor: FactorSpec) -> Mapping[str, PartSpec]:
-        return {"": PartSpec(factor.shape, factor.dtype)}
+    def stored(self, factor: FactorSpec) -> tuple[int, ...]:
+        return factor.shape
 
-    def encode(self, factor: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        return {"": factor}
+    def parts(self, factor: FactorSpec) -> dict[str, PartSpec]:
+        del factor
+        return {}
 
-    def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-        require(tuple(parts[""].shape) == shape, f"has shape {tuple(parts[''].shape)}, declared is {shape}")
-        return parts[""]
+    def encode(self, factor: Tensor) -> tuple[dict[str, Tensor], Select]:
+        del factor
+        return {}, lambda tensor: tensor
+
+    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[tuple[int, ...], Place]:
+        del parts
+        return shape, lambda values: values.reshape(shape)

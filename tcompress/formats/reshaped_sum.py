@@ -7,7 +7,7 @@ Reshapes: channel and spatial, those of svd; paired, (i1 j1) x (i2 j2), that of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -177,28 +177,35 @@ class ReshapedSum(Format):
         """Return the ranks that the penalised problem chooses, or one rank for all or one term alone if better."""
         shape = tuple(weight.shape)
         any_rank = cls(**{**options, "rank": 1})
+
+        def fits(ranks: tuple[int, ...]) -> bool:
+            return not any(ranks) or cls(**options, ranks=ranks).stored_bytes(shape, dtype) <= budget_bytes
+
         candidates = [cls.within(shape, dtype, budget_bytes, **options)]
-        for ranks in any_rank._candidates(weight, budget_bytes // dtype.itemsize):
-            if any(ranks):
-                candidates.append(cls(**options, ranks=ranks))
+        candidates += [cls(**options, ranks=ranks) for ranks in any_rank._candidates(weight, fits) if any(ranks)]
         fitting = [each for each in candidates if each and each.stored_bytes(shape, dtype) <= budget_bytes]
         if not fitting:
             return None
         return min(fitting, key=lambda each: each._alternate(weight, _SWEEPS)[1])
 
-    def _candidates(self, weight: Tensor, budget: int) -> Iterator[tuple[int, ...]]:
-        """Yield ranks that fit into so many values: each term alone, then the penalised choice."""
+    def _candidates(self, weight: Tensor, fits: Callable[[tuple[int, ...]], bool]) -> Iterator[tuple[int, ...]]:
+        """Yield ranks that fit: each term alone, then the penalised choice."""
         shape = tuple(weight.shape)
         names, _ = self._plan(shape)
         singles = [self._term(name, 1) for name in names]
         costs = [sum(spec.values for spec in t.factor_specs(shape, weight.dtype).values()) for t in singles]
-        for position, (term, cost) in enumerate(zip(singles, costs, strict=True)):
-            alone = min(budget // cost, _full_rank(term, shape))
-            yield tuple(alone if other == position else 0 for other in range(len(names)))
-        yield self._penalised(weight, names, costs, budget)
+        for position, term in enumerate(singles):
 
-    def _penalised(self, weight: Tensor, names: Sequence[str], costs: Sequence[int], budget: int) -> tuple[int, ...]:
-        """Return the ranks that minimise ||W - sum T||^2 + penalty * values, at the least penalty within the budget.
+            def alone(rank: int, position: int = position) -> tuple[int, ...]:
+                return tuple(rank if other == position else 0 for other in range(len(names)))
+
+            yield alone(largest(lambda rank: fits(alone(rank)), _full_rank(term, shape)))
+        yield self._penalised(weight, names, costs, fits)
+
+    def _penalised(
+        self, weight: Tensor, names: Sequence[str], costs: Sequence[int], fits: Callable[[tuple[int, ...]], bool]
+    ) -> tuple[int, ...]:
+        """Return the ranks that minimise ||W - sum T||^2 + penalty * values, at the least penalty that fits.
 
         For one term with the others fixed the choice is in closed form: keep the singular values whose square exceeds
         penalty times cost (the cost is linear in the rank). Alternated as in `fit`; the penalty by bisection.
@@ -216,7 +223,7 @@ class ReshapedSum(Format):
                     ranks[position] = int((values.square() > penalty * cost).sum())
                     fitted = self._term(name, ranks[position]).fit(target) if ranks[position] else None
                     parts[position] = torch.zeros_like(weight) if fitted is None else fitted.reconstruct().detach()
-            if sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) <= budget:
+            if fits(tuple(ranks)):
                 best, high = tuple(ranks), penalty
             else:
                 low = penalty

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from tcompress.encodings import FactorSpec
 from tcompress.errors import FormatError
-from tcompress.formats.base import CONV, Factorization, Format, Shape, require_count, require_matrix_like, take_factors
+from tcompress.formats.base import (
+    CONV,
+    Factorization,
+    Format,
+    Shape,
+    largest,
+    require_count,
+    require_matrix_like,
+    take_factors,
+)
 from tcompress.formats.staged import StagedFactorization, Stages
 from tcompress.linalg.svd import rank_for_error, singular_values, truncated_svd
 
@@ -75,8 +84,12 @@ class SVD(Format):
     @classmethod
     def within(cls, shape: Shape, dtype: torch.dtype, budget_bytes: int, **options: Any) -> Self | None:
         rows, columns = cls(**{**options, "rank": 1}).sizes(shape)
-        rank = min(budget_bytes // ((rows + columns) * dtype.itemsize), rows, columns)
-        return cls(**{**options, "rank": rank}) if rank >= 1 else None
+
+        def fits(rank: int) -> bool:
+            return rank == 0 or cls(**{**options, "rank": rank}).stored_bytes(shape, dtype) <= budget_bytes
+
+        rank = largest(fits, min(rows, columns))
+        return cls(**{**options, "rank": rank}) if rank else None
 
     @classmethod
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:
@@ -115,6 +128,11 @@ class SVD(Format):
     def _factorization(self, shape: Shape, left: Tensor, right: Tensor) -> Factorization:
         kind = SpatialPair if self._is_spatial(shape) else LowRankMatrix
         return kind(shape, left, right)
+
+    def from_product(self, shape: Shape, left: Tensor, right: Tensor) -> Factorization:
+        """Return the factorization left @ right of the matricisation; left: (rows, r), orthonormal columns."""
+        inner, values, right = truncated_svd(right, left.shape[1], seed=self.seed)
+        return self._balanced(shape, left @ inner, values, right)
 
     def _balanced(self, shape: Shape, left: Tensor, values: Tensor, right: Tensor) -> Factorization:
         """Give each factor the square root of the singular values: both have one range, which half types need."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from tcompress.checkpoint import shards
 from tcompress.checkpoint.companions import copy_companions
 from tcompress.checkpoint.layers import find_layers
@@ -19,12 +17,11 @@ from tcompress.checkpoint.output import Output
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.shards import Contents, Layout
 from tcompress.checkpoint.writer import Piece, Spool
-from tcompress.encodings import FactorSpec, cheapest
 from tcompress.errors import FormatError, NumericalError, UsageError
 from tcompress.version import __version__
-from tcompress.workflow.fitting import fit
+from tcompress.workflow.fitting import StoredFactor, fit
 from tcompress.workflow.grouping import Shared, fit_shared
-from tcompress.workflow.layout import described, entry_of, pieces_of, stored_name
+from tcompress.workflow.layout import described, entry_of, is_exact, pieces_of, stored_name
 from tcompress.workflow.plan import Plan
 from tcompress.workflow.planning import Decision, Settings, decide, resolved
 from tcompress.workflow.progress import Progress, silent, steps
@@ -100,8 +97,19 @@ def dry_run(
     source, decisions = _prepare(checkpoint, plan, settings, progress)
     planned = _planned(checkpoint, decisions, settings, source)
     nbytes = shards.planned_bytes(planned, _layout(checkpoint, max_shard_bytes))
-    results = [LayerResult(d.layer, d.format, d.stored_bytes, None, 0.0, d.reason, d.notes) for d in decisions]
+    results = [
+        LayerResult(d.layer, d.format, d.stored_bytes, None, 0.0, d.reason, d.notes, _is_exact(d, settings))
+        for d in decisions
+    ]
     return _result(checkpoint, source, decisions, results, nbytes, [], started)
+
+
+def _is_exact(decision: Decision, settings: Settings) -> bool:
+    layer = decision.layer
+    if decision.format is None or decision.shared is not None:
+        return True
+    specs = decision.format.factor_specs(layer.shape, settings.stored_type(layer), decision.nonzeros)
+    return decision.format.exact_bytes and all(is_exact(spec, decision.nonzeros) for spec in specs.values())
 
 
 def _prepare(
@@ -153,11 +161,8 @@ def _fit_all(
             # A layer that cannot be factorised is no reason to lose the others: it stays as it was, and says why.
             fitted[layer.name] = LayerResult(layer, None, layer.dense_bytes, None, 0.0, error.reason)
             continue
-        specs = found.specs()
-        entry = entry_of(layer, setting, specs, norm=found.norm, relative_error=found.relative_error)
-        packed[layer.name] = Packed(
-            entry, setting.rebuild, _spooled(layer.name, found.factors, specs, spool, layer.name)
-        )
+        entry = entry_of(layer, setting, found.specs(), norm=found.norm, relative_error=found.relative_error)
+        packed[layer.name] = Packed(entry, setting.rebuild, _spooled(layer.name, found.stored, spool, layer.name))
         fitted[layer.name] = LayerResult(
             layer, setting, found.stored_bytes, found.relative_error, found.seconds, notes=notes
         )
@@ -191,9 +196,9 @@ def _fit_shared(
     for layer, each in zip(shared.layers, found, strict=True):
         figures = {"norm": each.norm, "relative_error": each.relative_error}
         entry = entry_of(layer, setting, shared.own, group=shared.name, **figures)
-        pieces = _spooled(layer.name, each.factors, shared.own, spool, stem)
+        pieces = _spooled(layer.name, each.stored, spool, stem)
         if layer == shared.layers[0]:
-            pieces = [*_spooled(stem, factors, shared.specs, spool, stem), *pieces]
+            pieces = [*_spooled(stem, factors, spool, stem), *pieces]
         packed[layer.name] = Packed(entry, setting.rebuild, pieces)
         fitted[layer.name] = LayerResult(
             layer,
@@ -205,13 +210,11 @@ def _fit_shared(
         )
 
 
-def _spooled(
-    stem: str, factors: Mapping[str, Tensor], specs: Mapping[str, FactorSpec], spool: Spool, together: str
-) -> list[Piece]:
+def _spooled(stem: str, factors: Mapping[str, StoredFactor], spool: Spool, together: str) -> list[Piece]:
     return [
-        spool.put(stored_name(stem, factor, part), tensor, together)
-        for factor, values in factors.items()
-        for part, tensor in cheapest(specs[factor]).encode(values).items()
+        spool.put(stored_name(stem, name, part), tensor, together)
+        for name, factor in factors.items()
+        for part, tensor in factor.parts.items()
     ]
 
 

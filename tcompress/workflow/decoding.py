@@ -13,15 +13,12 @@ from torch import Tensor
 from tcompress.checkpoint.manifest import Entry, Factor, Manifest, read_manifest, shared_stem
 from tcompress.checkpoint.memory import require_memory
 from tcompress.checkpoint.reader import Checkpoint, TensorInfo
-from tcompress.encodings import ENCODINGS, FactorSpec
+from tcompress.encodings import Coding, FactorSpec, find
 from tcompress.errors import FormatError, InputError, UnsupportedError
 from tcompress.formats import FORMATS, Format, make
 from tcompress.formats.grouped import GroupFormat
 from tcompress.workflow.fitting import rebuild
 from tcompress.workflow.layout import stored_name
-
-# Any count does: only the names of the parts are asked for.
-_ANY = FactorSpec((1, 1), torch.float32, nonzeros=1)
 
 
 @dataclass(frozen=True)
@@ -103,18 +100,20 @@ class CompressedView:
     def factors(self, layer: str) -> Iterator[tuple[str, Tensor]]:
         """Yield name and values of each factor of a compressed layer. Raises InputError when they are damaged."""
         entry = self.manifest.layers[layer]
-        found = [(layer, name, factor) for name, factor in entry.factors.items()]
+        most = math.prod(entry.shape)
+        found = [(layer, name, factor, most) for name, factor in entry.factors.items()]
         if entry.group is not None:
-            stem = shared_stem(entry.group)
-            found += [(stem, name, factor) for name, factor in self.manifest.shared[entry.group].items()]
-        for stem, name, factor in found:
-            encoding = ENCODINGS[factor.encoding]
-            parts = {part: self.checkpoint.read(stored_name(stem, name, part)) for part in _part_names(factor.encoding)}
+            stem, most = shared_stem(entry.group), most * len(self.manifest.members(entry.group))
+            found += [(stem, name, factor, most) for name, factor in self.manifest.shared[entry.group].items()]
+        for stem, name, factor, most in found:
+            coding = _coding(factor)
+            assert coding is not None, "known since the view was made"  # noqa: S101
+            parts = {part: self.checkpoint.read(stored_name(stem, name, part)) for part in coding.part_names}
             shape = factor.shape if factor.shape is not None else tuple(parts[""].shape)
-            if factor.shape is not None and math.prod(shape) > math.prod(entry.shape):
+            if factor.shape is not None and math.prod(shape) > most:
                 raise InputError(f"its factor {name} claims more values than the weight has")
             require_memory(shape, torch.float32, path=self.checkpoint.path, tensor=layer)
-            decoded = encoding.decode(parts, shape)
+            decoded = coding.decode(parts, shape)
             if not decoded.dtype.is_floating_point:
                 raise InputError(f"its factor {name} is of type {decoded.dtype}")
             yield name, decoded
@@ -170,17 +169,22 @@ def _require_known(checkpoint: Checkpoint, layer: str, entry: Entry, writer: str
 def _parts(checkpoint: Checkpoint, layer: str, factors: Mapping[str, Factor], writer: str) -> tuple[str, ...]:
     names = []
     for name, factor in factors.items():
-        if factor.encoding not in ENCODINGS or (factor.shape is None) != (factor.encoding == "dense"):
+        coding = _coding(factor)
+        if coding is None:
+            values = "" if factor.values is None else f" of {factor.values!r}"
             problem = (
-                f"its factor {name} has encoding {factor.encoding!r}, which this version cannot read; {writer} wrote it"
+                f"its factor {name} has encoding {factor.encoding!r}{values}, which this version cannot read; "
+                f"{writer} wrote it"
             )
             raise UnsupportedError(problem, path=checkpoint.path, tensor=layer)
-        names += [stored_name(layer, name, part) for part in _part_names(factor.encoding)]
+        names += [stored_name(layer, name, part) for part in coding.part_names]
     missing = [name for name in names if name not in checkpoint]
     if missing:
         raise InputError(f"its factor {missing[0]} is not in the file", path=checkpoint.path, tensor=layer)
     return tuple(names)
 
 
-def _part_names(encoding: str) -> list[str]:
-    return list(ENCODINGS[encoding].parts(_ANY) or ())
+def _coding(factor: Factor) -> Coding | None:
+    """Return how to decode a factor; None where it is not known, or the shape is there or missing against the rule."""
+    coding = find(factor.encoding, factor.values)
+    return None if coding is None or coding.is_plain_tensor != (factor.shape is None) else coding

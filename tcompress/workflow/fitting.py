@@ -11,53 +11,63 @@ import torch
 from torch import Tensor
 
 from tcompress.checkpoint.manifest import figure
-from tcompress.encodings import FactorSpec, cheapest_bytes
+from tcompress.encodings import Coding, FactorSpec, cheapest, measured, value_type
 from tcompress.errors import NumericalError
 from tcompress.formats import Format
 from tcompress.formats.grouped import GroupFormat
 from tcompress.linalg.distance import compare
+
+_FEWEST_GROUPED = 1024  # values: fewer may have a pattern n:m by chance, which no plan can foresee
+
+
+@dataclass(frozen=True)
+class StoredFactor:
+    """One factor with the parts that will lie on disk; values: the CPU tensor that these parts give."""
+
+    spec: FactorSpec
+    coding: Coding
+    parts: Mapping[str, Tensor]
+    values: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts.values())
 
 
 @dataclass(frozen=True)
 class Fitted:
     """The factors of a layer as they will lie on disk, and how far they are from the weight.
 
-    factors: name -> CPU tensor in the stored type. relative_error: Frobenius norm of (weight - what decompression
-    gives, in the weight's own type) over that of the weight (low-rank-plus-sparse paper, equation 15).
+    relative_error: Frobenius norm of (weight - what decompression gives, in the weight's own type) over that of the
+    weight (low-rank-plus-sparse paper, equation 15).
     """
 
     format: Format
     shape: tuple[int, ...]
-    factors: Mapping[str, Tensor]
+    stored: Mapping[str, StoredFactor]
     norm: float
     relative_error: float
     seconds: float
 
     @property
+    def factors(self) -> dict[str, Tensor]:
+        """The values of each factor, as decompression finds them."""
+        return {name: factor.values for name, factor in self.stored.items()}
+
+    @property
     def stored_bytes(self) -> int:
-        """Bytes of all factors in their cheapest encodings."""
-        return sum(cheapest_bytes(spec) for spec in self.specs().values())
+        """Bytes of all factors as they are encoded."""
+        return sum(factor.nbytes for factor in self.stored.values())
 
     def specs(self) -> dict[str, FactorSpec]:
-        """Return shape and nonzeros of each factor; factors that the format holds sparse have nonzeros."""
-        planned = self.format.factor_specs(self.shape, next(iter(self.factors.values())).dtype)
-        return {
-            name: FactorSpec(
-                tuple(factor.shape), factor.dtype, None if planned[name].nonzeros is None else nonzeros(factor)
-            )
-            for name, factor in self.factors.items()
-        }
+        """Return what is known of each factor; factors that the format holds sparse have nonzeros."""
+        return {name: factor.spec for name, factor in self.stored.items()}
 
 
 def working_copy(weight: Tensor, device: torch.device) -> Tensor:
     """Return a weight in the precision of the computation: float32, or float64 for float64 weights."""
     return weight.to(device=device, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
-
-
-def nonzeros(factor: Tensor) -> int:
-    """Count the values whose bits are not all zero: those that a sparse encoding stores."""
-    wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}[factor.dtype.itemsize]
-    return int(torch.count_nonzero(factor.contiguous().view(wide)))
 
 
 def fit(weight: Tensor, setting: Format, *, store: torch.dtype, device: torch.device) -> Fitted:
@@ -66,8 +76,9 @@ def fit(weight: Tensor, setting: Format, *, store: torch.dtype, device: torch.de
     Raises NumericalError when a factor is not finite in the stored type.
     """
     started = time.perf_counter()
-    factors = _stored(setting.fit(working_copy(weight, device)).state_dict(), setting, store)
-    return _measured(weight, setting, factors, device, started)
+    factors = setting.fit(working_copy(weight, device)).state_dict()
+    stored = _stored(factors, setting, setting.factor_specs(tuple(weight.shape), store), store)
+    return _measured(weight, setting, stored, device, started)
 
 
 def fit_several(
@@ -77,46 +88,70 @@ def fit_several(
     started = time.perf_counter()
     swept = type(settings[0]).sweep(working_copy(weight, device), settings)
     for setting, factorization in zip(settings, swept, strict=True):
-        factors = _stored(factorization.state_dict(), setting, store)
-        yield _measured(weight, setting, factors, device, started)
+        planned = setting.factor_specs(tuple(weight.shape), store)
+        stored = _stored(factorization.state_dict(), setting, planned, store)
+        yield _measured(weight, setting, stored, device, started)
         started = time.perf_counter()
 
 
 def fit_group(
     weights: Sequence[Tensor], setting: GroupFormat, *, store: torch.dtype, device: torch.device
-) -> tuple[dict[str, Tensor], list[Fitted]]:
+) -> tuple[dict[str, StoredFactor], list[Fitted]]:
     """Fit one format to several weights: the shared factors, and what is each weight's own with its error.
 
     Raises as ``fit``.
     """
     started = time.perf_counter()
     shared, own = setting.fit_together([working_copy(weight, device) for weight in weights])
-    stored = _stored(shared, setting, store)
+    planned_shared, planned_own = setting.group_specs(tuple(weights[0].shape), store, len(weights))
+    stored = _stored(shared, setting, planned_shared, store)
     fitted = []
     for weight, factors in zip(weights, own, strict=True):
-        each = _stored(factors, setting, store)
-        measured = _measured(weight, setting, {**stored, **each}, device, started)
-        fitted.append(replace(measured, factors=each))
+        each = _stored(factors, setting, planned_own, store)
+        whole = _measured(weight, setting, {**stored, **each}, device, started)
+        fitted.append(replace(whole, stored=each))
         started = time.perf_counter()
     return stored, fitted
 
 
-def _stored(found: Mapping[str, Tensor], setting: Format, store: torch.dtype) -> dict[str, Tensor]:
-    factors = {name: factor.detach().to(store).cpu() for name, factor in found.items()}
-    if not all(bool(torch.isfinite(factor).all()) for factor in factors.values()):
-        raise NumericalError(f"{setting}: a factor is not finite as {str(store).removeprefix('torch.')}")
-    return factors
+def _stored(
+    found: Mapping[str, Tensor], setting: Format, planned: Mapping[str, FactorSpec], store: torch.dtype
+) -> dict[str, StoredFactor]:
+    stored = {}
+    for name, factor in found.items():
+        values = factor.detach().to(value_type(store)).cpu()
+        if values.dtype != store:
+            values = values + 0.0  # codes know no -0.0, which would be stored as a value that is not zero
+        if not bool(torch.isfinite(values).all()):
+            raise NumericalError(f"{setting}: a factor is not finite as {str(store).removeprefix('torch.')}")
+        try:
+            stored[name] = _encoded(values, store, is_sparse=planned[name].nonzeros is not None)
+        except NumericalError as error:
+            raise NumericalError(f"{setting}: factor {name} cannot be stored: {error.reason}") from error
+    return stored
+
+
+def _encoded(factor: Tensor, store: torch.dtype, *, is_sparse: bool) -> StoredFactor:
+    shape = tuple(factor.shape)
+    spec = measured(factor, store) if is_sparse else FactorSpec(shape, store)
+    if factor.numel() < _FEWEST_GROUPED:
+        spec = replace(spec, pattern=None)
+    coding = cheapest(spec)
+    parts = coding.encode(factor)
+    # Codes are what they decode to; everything else comes back as it was.
+    return StoredFactor(spec, coding, parts, factor if coding.values is None else coding.decode(parts, shape))
 
 
 def _measured(
-    weight: Tensor, setting: Format, factors: dict[str, Tensor], device: torch.device, started: float
+    weight: Tensor, setting: Format, stored: dict[str, StoredFactor], device: torch.device, started: float
 ) -> Fitted:
     shape = tuple(weight.shape)
+    factors = {name: factor.values for name, factor in stored.items()}
     rebuilt = rebuild(setting, shape, factors, dtype=weight.dtype, device=device)
     norm, error = compare(weight, rebuilt)
     if not math.isfinite(error):
         raise NumericalError(f"{setting}: its reconstruction is not finite")
-    return Fitted(setting, shape, factors, figure(norm), figure(error), time.perf_counter() - started)
+    return Fitted(setting, shape, stored, figure(norm), figure(error), time.perf_counter() - started)
 
 
 def rebuild(

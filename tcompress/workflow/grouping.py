@@ -16,7 +16,7 @@ from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.errors import NumericalError, UsageError, printable
 from tcompress.formats import Format
 from tcompress.formats.grouped import GroupFormat
-from tcompress.workflow.fitting import Fitted, fit, fit_group, working_copy
+from tcompress.workflow.fitting import Fitted, StoredFactor, fit, fit_group, working_copy
 from tcompress.workflow.layout import added_header_bytes, shared_header_bytes
 from tcompress.workflow.plan import Rule, Target
 
@@ -129,7 +129,7 @@ def find_shared(checkpoint: Checkpoint, group: Group, store: torch.dtype, device
 
 def fit_shared(
     checkpoint: Checkpoint, shared: Shared, store: torch.dtype, device: torch.device
-) -> tuple[Mapping[str, torch.Tensor], list[Fitted]]:
+) -> tuple[Mapping[str, StoredFactor], list[Fitted]]:
     """Fit the group; all of its weights are in memory at once."""
     weights = [checkpoint.read(layer.name) for layer in shared.layers]
     return fit_group(weights, shared.setting, store=store, device=device)

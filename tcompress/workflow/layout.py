@@ -15,6 +15,7 @@ from tcompress.encodings import FactorSpec, cheapest
 from tcompress.formats import Format
 
 _PER_DIGEST = 22  # base64 of 16 bytes
+_FULLEST_PATTERN = 15 / 16  # of its values, at most: the widest group looked for is one of 16
 
 
 def entry_of(
@@ -42,11 +43,11 @@ def entry_of(
 
 def described(factors: Mapping[str, FactorSpec]) -> dict[str, Factor]:
     """Return how these factors will lie on disk, as a manifest says it."""
-    encodings = {name: cheapest(spec).name for name, spec in factors.items()}
-    return {
-        name: Factor(encodings[name], None if encodings[name] == "dense" else spec.shape)
-        for name, spec in factors.items()
-    }
+    found = {}
+    for name, spec in factors.items():
+        coding = cheapest(spec)
+        found[name] = Factor(coding.name, None if coding.is_plain_tensor else spec.shape, coding.values)
+    return found
 
 
 def pieces_of(stem: str, factors: Mapping[str, FactorSpec], *, together: str | None = None) -> list[Piece]:
@@ -57,7 +58,7 @@ def pieces_of(stem: str, factors: Mapping[str, FactorSpec], *, together: str | N
     pieces = []
     for factor, spec in factors.items():
         parts = cheapest(spec).parts(spec)
-        assert parts is not None, "the cheapest encoding can hold the factor"  # noqa: S101
+        assert parts is not None, "the cheapest coding can hold the factor"  # noqa: S101
         for part, planned in parts.items():
             name = stored_name(stem, factor, part)
             pieces.append(Piece(name, BY_TORCH[planned.dtype], planned.shape, group=together or stem))
@@ -89,6 +90,18 @@ def planned_bytes(layer: Layer, setting: Format, store: torch.dtype, nonzeros: i
     factors = setting.factor_specs(layer.shape, store, nonzeros)
     stored = setting.stored_bytes(layer.shape, store, nonzeros)
     return stored, added_header_bytes(layer, setting, factors)
+
+
+def is_exact(spec: FactorSpec, nonzeros: int | None) -> bool:
+    """Tell whether the bytes of a planned factor are exact, not a bound that the fitted one may fall below.
+
+    nonzeros: of the weight. Gaps depend on where the values lie; and a weight with zeros may have them in a pattern.
+    """
+    if spec.nonzeros is None:
+        return True
+    has_zeros = nonzeros is not None and nonzeros <= _FULLEST_PATTERN * spec.values
+    may_gain = has_zeros and spec.pattern is None
+    return not may_gain and (cheapest(spec).name != "delta8" or spec.skips is not None)
 
 
 def _described_bytes(pieces: list[Piece]) -> int:

@@ -32,7 +32,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What became of a layer. format None: it is dense, for ``reason``. notes: what else to know, as a clipped rank."""
+    """What became of a layer. format None: it is dense, for ``reason``. notes: what else to know, as a clipped rank.
+
+    exact_bytes: False where stored_bytes are a bound.
+    """
 
     layer: Layer
     format: Format | None
@@ -41,6 +44,7 @@ class LayerResult:
     seconds: float
     reason: str | None = None
     notes: tuple[str, ...] = ()
+    exact_bytes: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class CompressionResult:
     @property
     def exact_bytes(self) -> bool:
         """Whether stored_bytes are exact; those of a dry run may be a bound, where the fit decides what is stored."""
-        return self.output is not None or all(row.format is None or row.format.exact_bytes for row in self.layers)
+        return self.output is not None or all(row.exact_bytes for row in self.layers)
 
     @property
     def largest_error(self) -> float:
@@ -154,8 +158,21 @@ class AnalysisRow:
 
 
 @dataclass(frozen=True)
+class Winner:
+    """The setting with the smallest stored error of all that fit ``keep`` of a layer's bytes, and its family."""
+
+    layer: Layer
+    keep: float
+    family: str
+    row: AnalysisRow
+
+
+@dataclass(frozen=True)
 class Analysis:
-    """One run of ``analyze``: rows by layer and asked setting, and each format's break-even setting by layer."""
+    """One run of ``analyze``: rows by layer and asked setting, and each format's break-even setting by layer.
+
+    best: for each layer and fraction of bytes at which several families of formats were tried and one fits.
+    """
 
     source: Path
     asked: tuple[str, ...]
@@ -163,6 +180,12 @@ class Analysis:
     break_even: Mapping[str, Mapping[str, Format | None]]
     seconds: float
     notes: tuple[str, ...] = field(default=())
+    best: tuple[Winner, ...] = ()
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers looked at, in the order of the file."""
+        return tuple(dict.fromkeys(row.layer for row in self.rows))
 
 
 def describe(checkpoint: Checkpoint) -> Stored:

@@ -197,6 +197,10 @@ def test_values_that_cannot_be_factorised_have_no_factors(dtype):
         {"encoding": "csr", "shape": [2, -4]},
         {"encoding": "csr", "shape": [2**62, 2**62]},
         {"encoding": 7, "shape": [2, 4]},
+        {"encoding": "csr", "shape": [2, 4], "values": 8},
+        {"encoding": "csr", "shape": [2, 4], "values": None},
+        {"encoding": "csr", "values": "int8"},
+        {"encoding": "csr", "shape": [2, -4], "values": "int8"},
     ],
 )
 def test_a_damaged_factor_is_refused_by_its_name(factor):

@@ -7,18 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcompress.encodings import ENCODINGS
 from tcompress.errors import InputError
+from tests.encodings.factors import coding_of
 
 FACTOR = torch.tensor([[0.0, 1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0], [3.0, 0.0, 4.0, 0.0]])
-BITMASK, CSR, DENSE = ENCODINGS["bitmask"], ENCODINGS["csr"], ENCODINGS["dense"]
+BITMASK, CSR, DENSE = coding_of("bitmask"), coding_of("csr"), coding_of("dense")
 HUGE = 2**63 - 1
 
-STARTS = "has row starts that do not rise from 0 to the number of values"
+STARTS = "has row starts that do not rise from 0 to the number of its columns"
 OUTSIDE = "has column numbers outside 0 to 3"
 TYPE = "has column numbers that are not torch.uint16"
 ORDER = "has column numbers that do not rise within a row"
-PAIRS = "has not one column number for each value"
+LIST = "has column numbers that are no plain list"
 
 
 def refusal(encoding, parts, shape=(3, 4)):
@@ -57,11 +57,11 @@ def short(*columns):
         ({"columns": short(1, 1, 0, 2)}, ORDER),
         ({"columns": short(3, 1, 0, 2)}, ORDER),
         ({"columns": short(1, 3, 2, 2)}, ORDER),
-        ({"columns": short(1, 3, 0)}, PAIRS),
-        ({"columns": short(1, 3, 0, 2)[None]}, PAIRS),
-        ({"values": torch.ones(3)}, PAIRS),
-        ({"values": torch.ones(2, 2)}, PAIRS),
-        ({"values": torch.tensor(1.0), "columns": short(1)[0]}, PAIRS),
+        ({"columns": short(1, 3, 0)}, STARTS),
+        ({"columns": short(1, 3, 0, 2)[None]}, LIST),
+        ({"values": torch.ones(3)}, "has values of shape (3,) for places of (4,)"),
+        ({"values": torch.ones(2, 2)}, "has values of shape (2, 2) for places of (4,)"),
+        ({"values": torch.tensor(1.0), "columns": short(1)[0]}, LIST),
         ({"columns": torch.tensor([1.0, 3, 0, 2])}, TYPE),
         ({"columns": torch.tensor([1.0, 3, 0, 2], dtype=torch.complex64)}, TYPE),
         ({"columns": torch.tensor([1, 3, 0, 2], dtype=torch.int32)}, TYPE),
@@ -114,8 +114,8 @@ def mask(*numbers, dtype=torch.uint8):
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({"mask": mask(0b1010, 0b0001)}, "has 4 values, but its mask has another number of bits set"),
-        ({"mask": mask(0b1011, 0b0101)}, "has 4 values, but its mask has another number of bits set"),
+        ({"mask": mask(0b1010, 0b0001)}, "has values of shape (4,) for places of (3,)"),
+        ({"mask": mask(0b1011, 0b0101)}, "has values of shape (4,) for places of (5,)"),
         ({"mask": mask(0b1010, 0b1_0101)}, "has bits beyond its last element"),
         ({"mask": mask(0b1010, 0b1000_0001)}, "has bits beyond its last element"),
         ({"mask": mask(0b1010)}, "has no bit for each of (3, 4)"),
@@ -124,10 +124,10 @@ def mask(*numbers, dtype=torch.uint8):
         ({"mask": mask(0b1010, 0b0101, dtype=torch.int8)}, "has no bit for each of (3, 4)"),
         ({"mask": mask(1, 1, dtype=torch.bool)}, "has no bit for each of (3, 4)"),
         ({"mask": mask(10, 5, dtype=torch.float32)}, "has no bit for each of (3, 4)"),
-        ({"values": torch.ones(3)}, "has 3 values, but its mask has another number of bits set"),
-        ({"values": torch.ones(5)}, "has 5 values, but its mask has another number of bits set"),
-        ({"values": torch.ones(2, 2)}, "has values that are no plain list"),
-        ({"values": torch.tensor(1.0), "mask": mask(1, 0)}, "has values that are no plain list"),
+        ({"values": torch.ones(3)}, "has values of shape (3,) for places of (4,)"),
+        ({"values": torch.ones(5)}, "has values of shape (5,) for places of (4,)"),
+        ({"values": torch.ones(2, 2)}, "has values of shape (2, 2) for places of (4,)"),
+        ({"values": torch.tensor(1.0), "mask": mask(1, 0)}, "has values of shape () for places of (1,)"),
     ],
 )
 def test_bitmask_parts_that_contradict_each_other_are_refused(changed, problem):
@@ -145,7 +145,7 @@ def test_bitmask_of_a_shape_that_its_bits_reach_out_of_is_refused():
 
 @pytest.mark.parametrize("shape", [(4, 3), (12,), (3, 4, 1), (), (1, 4)])
 def test_dense_of_another_shape_is_refused(shape):
-    assert refusal(DENSE, DENSE.encode(FACTOR), shape) == f"has shape (3, 4), declared is {shape}"
+    assert refusal(DENSE, DENSE.encode(FACTOR), shape) == f"has values of shape (3, 4) for places of {shape}"
 
 
 @settings(max_examples=300, deadline=None)

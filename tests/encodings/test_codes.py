@@ -1,0 +1,169 @@
+"""int8 and int4: what comes back is near the factor, and is what a second look at the same parts gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tcompress.encodings import FactorSpec, cheapest, measured
+from tcompress.errors import NumericalError
+from tests.encodings.factors import CODED, DENSITIES, NAMES, SHAPES, coding_of, holds, numbers, spec_of, thinned
+
+every_name = pytest.mark.parametrize("name", NAMES)
+every_code = pytest.mark.parametrize("values", CODED)
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def factors_for(name, shape):
+    for density in DENSITIES:
+        factor = numbers(shape, density)
+        factor = thinned(factor, name) if ":" in name else factor
+        if holds(factor, name):
+            yield factor
+
+
+def at_stored_places(tensor, factor, name):
+    """The values of a tensor at the places that are stored of a factor, in their order, by the page."""
+    if ":" in name:
+        n, m = map(int, name.split(":"))
+        # The nonzeros first, then the lowest of the others; and all of these in the order of the row.
+        ranks = torch.where(factor.reshape(-1, m) != 0, 0, 1) * m + torch.arange(m)
+        places = ranks.argsort(dim=1)[:, :n].sort(dim=1).values
+        return tensor.reshape(-1, m).gather(1, places).reshape(-1).numpy()
+    return tensor.reshape(-1).numpy() if name == "dense" else tensor[factor != 0].numpy()
+
+
+@every_name
+@every_code
+@every_shape
+def test_the_parts_are_what_was_announced_and_give_a_factor_in_float32(name, values, shape):
+    coding = coding_of(name, values)
+    for factor in factors_for(name, shape):
+        spec = spec_of(factor, CODED[values], name)
+        planned, parts = coding.parts(spec), coding.encode(factor)
+        assert tuple(parts) == tuple(planned) == coding.part_names
+        for part, tensor in parts.items():
+            assert (tuple(tensor.shape), tensor.dtype) == (planned[part].shape, planned[part].dtype)
+        assert sum(tensor.nbytes for tensor in parts.values()) == coding.nbytes(spec)
+        decoded = coding.decode(parts, shape)
+        assert (decoded.dtype, tuple(decoded.shape)) == (torch.float32, shape)
+        assert not decoded[factor == 0].any()
+
+
+@every_name
+@every_shape
+def test_int8_rounds_each_value_to_the_nearest_of_its_row(name, shape):
+    coding = coding_of(name, "int8")
+    for factor in factors_for(name, shape):
+        parts = coding.encode(factor)
+        rows = factor.numpy()
+        scale = (np.abs(rows).max(axis=1, initial=0) / np.float32(127)).astype(np.float32)
+        np.testing.assert_array_equal(parts["scale"].numpy(), scale)
+        wide = np.where(scale > 0, scale, 1)[:, None]
+        expected = np.rint(rows / wide).astype(np.float32) * scale[:, None]
+        found = coding.decode(parts, shape).numpy()
+        np.testing.assert_array_equal(found, expected)
+        assert (np.abs(found - rows) <= scale[:, None] * 0.5001).all()
+
+
+@every_name
+@every_shape
+def test_int4_values_are_codes_times_the_scale_of_32_stored_ones(name, shape):
+    coding = coding_of(name, "int4")
+    for factor in factors_for(name, shape):
+        parts, stored = coding.encode(factor), at_stored_places(factor, factor, name)
+        halves = [half for byte in parts["codes"].tolist() for half in (byte & 15, byte >> 4)]
+        assert not any(halves[stored.size :])
+        codes = np.array([half - 16 if half > 7 else half for half in halves[: stored.size]], np.float32)
+        scale = np.repeat(parts["scale"].numpy().astype(np.float32), 32)[: stored.size]
+        found = at_stored_places(coding.decode(parts, shape), factor, name)
+        np.testing.assert_array_equal(found, codes * scale)
+        # To the nearest code, clipped at -8 and 7.
+        wanted = np.clip(stored / np.where(scale == 0, np.inf, scale), -8, 7)
+        assert (np.abs(codes - wanted) <= 0.5001).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    count=st.integers(1, 200),
+    size=st.sampled_from([1e-3, 1.0, 1e3]),
+    power=st.sampled_from([0.3, 1.0, 3.0]),
+    seed=st.integers(0, 999),
+)
+def test_int4_is_no_worse_than_scales_of_the_largest_magnitude(count, size, power, seed):
+    """Plain rounding with absmax / 7, and with the signed extreme / -8, group by group."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    values = size * values.sign() * values.abs() ** power
+    assume(float(values.abs().max()) > 1e-6)  # below this no scale in fp16 holds them
+    coding = coding_of("dense", "int4")
+    found = coding.decode(coding.encode(values[None]), (1, count))[0]
+    for start in range(0, count, 32):
+        group = values[start : start + 32]
+        extreme = group[group.abs().argmax()]
+        error = (found[start : start + 32] - group).square().sum()
+        for exact in (extreme / -8, extreme.abs() / 7):
+            scale = exact.half().float()
+            if scale == 0:
+                continue
+            plain = (group / scale).round().clamp(-8, 7) * scale
+            assert error <= (plain - group).square().sum() * (1 + 1e-5)
+
+
+@every_code
+def test_normal_values_lose_as_little_as_their_bits_allow(values):
+    factor = torch.randn(512, 768, generator=torch.Generator().manual_seed(0))
+    coding = coding_of("dense", values)
+    error = (coding.decode(coding.encode(factor), (512, 768)) - factor).norm() / factor.norm()
+    assert error < {"int8": 0.008, "int4": 0.088}[values]
+
+
+@every_code
+@pytest.mark.parametrize("name", ["dense", "bitmask", "2:4"])
+def test_the_same_factor_gives_the_same_parts(name, values):
+    factor = thinned(numbers((200, 400), 1.0), "2:4")
+    one, two = (coding_of(name, values).encode(factor) for _ in range(2))
+    assert all(torch.equal(one[part], two[part]) for part in one)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 90), density=st.floats(0, 1), seed=st.integers(0, 99))
+def test_what_int8_gives_back_it_gives_back_again(rows, columns, density, seed):
+    coding = coding_of("dense", "int8")
+    once = coding.decode(coding.encode(numbers((rows, columns), density, seed)), (rows, columns))
+    twice = coding.decode(coding.encode(once), (rows, columns))
+    torch.testing.assert_close(twice, once, rtol=1e-6, atol=0)
+
+
+@every_code
+def test_all_zero_factors_have_scales_of_zero(values):
+    parts = coding_of("dense", values).encode(torch.zeros(3, 50))
+    assert not parts["scale"].any()
+    assert not parts["codes"].any()
+    assert not coding_of("dense", values).decode(parts, (3, 50)).any()
+
+
+def test_values_out_of_the_range_of_scales_are_refused_in_one_line():
+    int4, int8 = coding_of("dense", "int4"), coding_of("dense", "int8")
+    with pytest.raises(NumericalError, match=r"^its values are too large for int4's fp16 scales; int8 has float32"):
+        int4.encode(torch.full((2, 40), 1e6))
+    with pytest.raises(NumericalError, match=r"^its values are too small for int4's fp16 scales; int8 has float32"):
+        int4.encode(torch.full((2, 40), 1e-9))
+    with pytest.raises(NumericalError, match=r"^its values are too small for int8's fp32 scales"):
+        int8.encode(torch.full((2, 40), 1e-45))
+    for size in (1e6, 1e-9):
+        assert int8.decode(int8.encode(torch.full((2, 40), size)), (2, 40))[0, 0] == pytest.approx(size)
+    mixed = torch.cat([torch.full((1, 32), 1e-9), torch.ones(1, 32)])
+    assert int4.decode(int4.encode(mixed), (2, 32))[1, 0] == pytest.approx(1, rel=1e-3)
+
+
+@every_code
+def test_vectors_and_rows_of_one_value_stay_as_they_are(values):
+    for shape in ((40,), (40, 1) if values == "int8" else (1,), ()):
+        factor = torch.ones(shape)
+        for spec in (FactorSpec(shape, CODED[values]), measured(factor, CODED[values])):
+            coding = cheapest(spec)
+            assert coding.values is None
+            assert torch.equal(coding.decode(coding.encode(factor), shape), factor)
