@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, comb, prod
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ FIXTURES = ROOT / "fixtures"
 
 # --------------------------------------------------------------------------------------------------------- the decoder
 
-NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U16": "<u2", "U8": "u1"}
+NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U16": "<u2", "U8": "u1", "I8": "i1"}
 WIDTH = {"BF16": 2} | {code: np.dtype(kind).itemsize for code, kind in NUMPY.items()}
 CODE = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # PyTorch's word -> safetensors' code
 
@@ -165,9 +165,9 @@ def sparse(options, shape, factors):
     return factors["matrix"].reshape(shape)
 
 
-def inner_of(options):
-    """The name and the options of the format inside a shuffled one."""
-    name, *settings = options.get("inner", "svd").split(":")
+def inner_of(options, option="inner"):
+    """The name and the options of the format inside another."""
+    name, *settings = options.get(option, "svd").split(":")
     own = dict(setting.split("=") for setting in settings)
     lists = {"out_modes", "in_modes", "padding"}
     return name, {key: [int(n) for n in text.split(",") if n] if key in lists else text for key, text in own.items()}
@@ -179,6 +179,15 @@ def shuffled(options, shape, factors):
     flat = np.empty(inner.size, inner.dtype)
     flat[np.random.RandomState(options.get("seed", 0)).permutation(flat.size)] = inner.reshape(-1)
     return flat.reshape(shape)
+
+
+def low_rank_sparse(options, shape, factors):
+    kept, own = factors["sparse.matrix"].reshape(shape), beginning(factors, "low_rank.")
+    if not own:
+        return kept
+    name, inner = inner_of(options, "low_rank")
+    low = FORMULAS[name](inner, shape, own)
+    return np.where(kept == 0, low, kept) if options.get("reconstruction") == "masking" else low + kept
 
 
 def joint(options, shape, factors):
@@ -197,6 +206,7 @@ FORMULAS = {
     "reshaped-sum": reshaped_sum,
     "sparse-product": sparse_product,
     "sparse": sparse,
+    "low-rank-sparse": low_rank_sparse,
     "shuffled": shuffled,
     "joint": joint,
 }
@@ -221,29 +231,73 @@ class StrangersFile:
         return self.content[self.data_start + start : self.data_start + end]
 
     def factor(self, stem, described):
-        """One factor as a tensor of the type that it is stored in."""
+        """One factor as a tensor of the type that its values have."""
         if described == "dense":
             return self.tensors.pop(stem)
-        m, n = described["shape"]
-        values = self.tensors.pop(f"{stem}.values")
-        matrix = np.zeros((m, n), values.numbers.dtype)
-        if described["encoding"] == "bitmask":
-            bits = np.unpackbits(self.tensors.pop(f"{stem}.mask").numbers, bitorder="little")
-            assert not bits[m * n :].any()
-            matrix[bits[: m * n].astype(bool).reshape(m, n)] = values.numbers
+        assert described.keys() - {"values"} == {"encoding", "shape"}
+        shape, held = described["shape"], described.get("values")
+        places = self.places(stem, described["encoding"], shape)
+        if held is None:
+            values = self.tensors.pop(f"{stem}.values")
+            numbers, code = values.numbers, values.code
         else:
-            assert described["encoding"] == "csr"
-            columns = self.tensors.pop(f"{stem}.columns")
-            assert columns.code == ("U16" if n <= 65536 else "I32")
-            starts = self.tensors.pop(f"{stem}.row_starts").numbers
-            assert starts.shape == (m + 1,)
-            assert starts[0] == 0
-            assert starts[-1] == len(values.numbers) == len(columns.numbers)
-            for row, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
-                where = columns.numbers[start:end].astype(int)
-                assert (np.diff(where) > 0).all()
-                matrix[row, where] = values.numbers[start:end]
-        return tensor_of(matrix, values.code)
+            numbers, code = self.decoded_codes(stem, held, places, shape), "F32"
+        flat = np.zeros(prod(shape), numbers.dtype)
+        assert numbers.shape == places.shape
+        flat[places] = numbers
+        return tensor_of(flat.reshape(shape), code)
+
+    def decoded_codes(self, stem, held, places, shape):
+        """The values that codes stand for, in the order in which they are stored."""
+        codes, scale = self.tensors.pop(f"{stem}.codes"), self.tensors.pop(f"{stem}.scale")
+        if held == "int8":
+            assert (codes.code, scale.code, scale.shape) == ("I8", "F32", (shape[0],))
+            rows = places // prod(shape[1:])
+            return codes.numbers.reshape(-1).astype(np.float32) * scale.numbers[rows]
+        assert held == "int4"
+        assert (codes.code, codes.shape) == ("U8", (ceil(len(places) / 2),))
+        assert (scale.code, scale.shape) == ("F16", (ceil(len(places) / 32),))
+        halves = np.stack([codes.numbers & 15, codes.numbers >> 4], axis=1).reshape(-1)
+        assert not halves[len(places) :].any()
+        numbers = np.where(halves < 8, halves, halves.astype(np.int16) - 16)[: len(places)]
+        return numbers.astype(np.float32) * scale.numbers.astype(np.float32)[np.arange(len(places)) // 32]
+
+    def places(self, stem, encoding, shape):
+        """The row-major numbers of the elements whose values are stored, in their order."""
+        count = prod(shape)
+        if encoding == "dense":
+            return np.arange(count)
+        if encoding == "bitmask":
+            bits = np.unpackbits(self.tensors.pop(f"{stem}.mask").numbers, bitorder="little")
+            assert not bits[count:].any()
+            return np.flatnonzero(bits)
+        if encoding == "delta8":
+            found, position = [], 0
+            for gap in self.tensors.pop(f"{stem}.gaps").numbers.tolist():
+                position += gap
+                if gap < 255:
+                    found.append(position)
+                    position += 1
+            return np.array(found, int)
+        if ":" in encoding:
+            n, m = map(int, encoding.split(":"))
+            patterns = list(itertools.combinations(range(m), n))
+            bits = np.unpackbits(self.tensors.pop(f"{stem}.patterns").numbers, bitorder="little")
+            groups, width = count // m, ceil(np.log2(len(patterns)))
+            assert not bits[groups * width :].any()
+            numbers = bits[: groups * width].reshape(groups, width) @ (1 << np.arange(width))
+            return (np.array(patterns)[numbers] + m * np.arange(groups)[:, None]).reshape(-1)
+        assert encoding == "csr"
+        (m, n), columns = shape, self.tensors.pop(f"{stem}.columns")
+        assert columns.code == ("U16" if n <= 65536 else "I32")
+        starts = self.tensors.pop(f"{stem}.row_starts").numbers
+        assert starts.shape == (m + 1,)
+        assert starts[0] == 0
+        assert starts[-1] == len(columns.numbers)
+        rows = np.repeat(np.arange(m), np.diff(starts))
+        places = rows * n + columns.numbers.astype(int)
+        assert (np.diff(places) > 0).all()
+        return places
 
     def decode(self):
         """Every dense tensor that this file stands for, tied names included."""
@@ -285,7 +339,8 @@ class Case:
 
     @property
     def format(self):
-        return self.options.split()[1].split(":")[0]
+        name = self.options.split()[1].split(":")[0]
+        return {"lrs": "low-rank-sparse"}.get(name, name)
 
     @property
     def exact(self):
@@ -294,10 +349,16 @@ class Case:
 
     def named(self, shape):
         """The options that an entry has: those given, and how the weight was folded."""
-        given = {setting.split("=")[0] for setting in self.options.split()[1].split(":")[1:]} - {"order", "inner.order"}
+        given = {setting.split("=")[0] for setting in self.options.split()[1].split(":")[1:]} - {
+            "order",
+            "inner.order",
+            "low_rank.matricisation",
+        }
         given |= {"rank"} if self.format == "svd" else {"density"} if self.format == "sparse" else set()
         if self.format in {"tt", "ttm", "tucker", "cp"}:
             given |= {"out_modes", "in_modes"}
+        if self.format == "low-rank-sparse":
+            given |= {"low_rank"} if self.name == "lrs-tt" else set()
         if self.format == "reshaped-sum":
             given |= {"reshapes"} | ({"out_modes", "in_modes"} if prod(shape[2:]) == 1 else set())
         return given
@@ -311,12 +372,12 @@ CASES = [
     case("cnn-svd", "digits_cnn.safetensors", "--format svd --keep 0.3 --dtype bf16", "dense"),
     case("mlp-all-values", "digits_mlp.safetensors", "--format sparse:density=1 --dtype bf16", "dense"),
     case("bf16-svd", "digits_mlp_bf16.safetensors", "--format svd --rank 8", "dense"),
-    case("bf16-sparse", "digits_mlp_bf16.safetensors", "--format sparse:density=0.02", "bitmask", "csr"),
+    case("bf16-sparse", "digits_mlp_bf16.safetensors", "--format sparse:density=0.02", "delta8"),
     case("tied-svd", "digits_mlp_tied.pt", "--format svd --rank 8", "dense"),
-    case("nested-sparse", "digits_cnn.pt", "--format sparse:density=0.02 --dtype bf16", "bitmask", "csr"),
+    case("nested-sparse", "digits_cnn.pt", "--format sparse:density=0.02 --dtype bf16", "delta8"),
     case("shards-svd", "digits_mlp_sharded", "--format svd --rank 8 --max-shard-size 9KB", "dense"),
     case("tied-shards-sparse", "tied_folder", "--format sparse --keep 0.3 --max-shard-size 8KB", "bitmask"),
-    case("odd-sparse", "odd.safetensors", "--format sparse:density=0.01", "bitmask", "csr"),
+    case("odd-sparse", "odd.safetensors", "--format sparse:density=0.01", "delta8"),
     case("spatial", "layers.safetensors", "--format svd:rank=3:matricisation=spatial", "dense"),
     case("tt", "layers.safetensors", "--format tt:rank=3 --dtype bf16", "dense"),
     case("odd-tt", "odd.safetensors", "--format tt:rank=2:order=3", "dense"),
@@ -327,9 +388,35 @@ CASES = [
     case("folded-cp", "layers.safetensors", "--format cp:rank=3:order=2 --dtype bf16", "dense"),
     case("reshaped-sum", "layers.safetensors", "--format reshaped-sum:rank=2", "dense"),
     case("missing-term", "layers.safetensors", "--format reshaped-sum:ranks=0,3 --dtype bf16", "dense"),
+    case("sparse-product", "large.safetensors", "--format sparse-product:nonzeros=2:count=3", "dense", "delta8"),
+    case("csr", "thin.safetensors", "--format sparse:density=0.0005", "csr"),
+    case("2:4", "patterned.safetensors", "--format sparse:density=0.5 --dtype bf16", "2:4"),
+    case("2:4-int8", "patterned.safetensors", "--format sparse:density=0.5 --dtype int8", "2:4 int8"),
+    case("2:4-int4", "patterned.safetensors", "--format sparse:density=0.5 --dtype int4", "2:4 int4"),
+    case("svd-int8", "layers.safetensors", "--format svd:rank=3 --dtype int8", "dense int8"),
+    case("svd-int4", "layers.safetensors", "--format svd:rank=3 --dtype int4", "dense int4"),
+    case("tucker-int4", "layers.safetensors", "--format tucker:rank=3:order=2 --dtype int4", "dense int4"),
+    case("cp-int8", "layers.safetensors", "--format cp:rank=4 --dtype int8", "dense", "dense int8"),
+    case("sparse-int8", "large.safetensors", "--format sparse:density=0.3 --dtype int8", "bitmask int8"),
+    case("sparse-int4", "odd.safetensors", "--format sparse:density=0.05 --dtype int4", "delta8 int4"),
+    case("joint-int4", "groups_folder", "--format joint:ranks=4,3,3 --include fc* --dtype int4", "dense"),
+    case("lrs", "large.safetensors", "--format low-rank-sparse:rank=3:density=0.2", "dense", "bitmask"),
+    case("lrs-tt", "layers.safetensors", "--format low-rank-sparse:low_rank=tt:rank=2:rounds=5 --dtype bf16", "dense", "delta8"),
     case(
-        "sparse-product", "large.safetensors", "--format sparse-product:nonzeros=2:count=3", "dense", "bitmask", "csr"
+        "lrs-masking",
+        "layers.safetensors",
+        "--format lrs:rank=3:density=0.3:low_rank=svd:low_rank.matricisation=spatial:reconstruction=masking",
+        "dense",
+        "bitmask",
     ),
+    case(
+        "lrs-int4",
+        "large.safetensors",
+        "--format low-rank-sparse:rank=9:density=0.05 --dtype int4",
+        "dense int4",
+        "delta8 int4",
+    ),
+    case("lrs-sparse", "large.safetensors", "--format low-rank-sparse:rank=0:density=0.3", "bitmask"),
     case("shuffled", "layers.safetensors", "--format shuffled:inner=tt:inner.order=2:rank=3:seed=7", "dense"),
     case("shuffled-ttm", "layers.safetensors", "--format shuffled:inner=ttm:rank=3 --dtype bf16", "dense"),
     case("joint-shards", "groups_folder", "--format joint:ranks=4,3,3 --max-shard-size 2KB", "dense"),
@@ -366,6 +453,12 @@ def make_sources(folder):
     large = {"fc.weight": numbers(random, 200, 150), "conv.weight": numbers(random, 30, 20, 3, 2)}
     save_file(large, folder / "large.safetensors")
     make_groups(random, folder / "groups_folder")
+    # Rows so long that their starts cost less than the zeros; and two values in every four neighbours.
+    thin = {"long.weight": numbers(random, 2, 60000), "longer.weight": numbers(random, 2, 70000)}
+    save_file(thin, folder / "thin.safetensors")
+    fours = numbers(random, 64, 24, 4)
+    np.put_along_axis(fours, np.argsort(np.abs(fours))[:, :, :2], 0, axis=2)
+    save_file({"fc.weight": fours.reshape(64, 96)}, folder / "patterned.safetensors")
 
 
 def numbers(random, *shape):
@@ -495,6 +588,11 @@ def assert_rounded_up(stated, exact, slack):
 # ----------------------------------------------------------------------------------------------------------- the tests
 
 
+def name_of(described):
+    """The encoding, and the codes that stand for its values."""
+    return described if described == "dense" else " ".join([described["encoding"], described.get("values", "")]).strip()
+
+
 @every_case
 def test_each_file_alone_gives_back_its_tensors(run):
     original, dense = originals(run.source), stored_dense(run.dense)
@@ -518,7 +616,7 @@ def test_each_file_alone_gives_back_its_tensors(run):
                 gap = np.abs(tensor.numbers - dense[name].numbers).max()
                 assert gap <= 2 * one_step * np.abs(dense[name].numbers).max(), name
         for entry in layers.values():
-            encodings |= {d if d == "dense" else d["encoding"] for d in entry["factors"].values()}
+            encodings |= {name_of(described) for described in entry["factors"].values()}
     assert seen == original.keys() == dense.keys()
     assert encodings == run.case.encodings
 
@@ -584,6 +682,11 @@ def shapes_of(name, options, shape, found):
         return {"scale": (1,), **{f"factors.{n}": pair for n, pair in enumerate(itertools.pairwise(sizes))}}
     if name == "sparse":
         return {"matrix": (out, fan_in)}
+    if name == "low-rank-sparse":
+        kind, own = inner_of(options, "low_rank")
+        low = beginning(found, "low_rank.")
+        inner = shapes_of(kind, own, shape, low) if low else {}
+        return {"sparse.matrix": (out, fan_in)} | {f"low_rank.{factor}": size for factor, size in inner.items()}
     if name == "shuffled":
         kind, own = inner_of(options)
         inner = shapes_of(kind, own, shape, beginning(found, "inner."))
@@ -598,7 +701,8 @@ def shapes_of(name, options, shape, found):
 def test_factors_have_the_shapes_of_the_page_and_sparse_ones_the_smallest_encoding(run):
     for file in run.files:
         for name, entry in file.manifest["layers"].items():
-            stored_as = "BF16" if "--dtype bf16" in run.case.options else CODE[entry["dtype"]]
+            asked = run.case.options.partition("--dtype ")[2].split(" ")[0]
+            stored_as = {"bf16": "BF16", "int8": "F32", "int4": "F32"}.get(asked, CODE[entry["dtype"]])
             described = {factor: (f"{name}.{factor}", how) for factor, how in entry["factors"].items()}
             if "group" in entry:
                 shared = file.manifest["shared"][entry["group"]].items()
@@ -610,10 +714,15 @@ def test_factors_have_the_shapes_of_the_page_and_sparse_ones_the_smallest_encodi
             assert sizes == shapes_of(entry["format"], entry["options"], tuple(entry["shape"]), sizes)
             assert {tensor.code for tensor in found.values()} == {stored_as}
             for factor, (stem, how) in described.items():
-                if "sparse" in entry["format"] and factor != "scale":
+                # Codes of small values are zero: which values were none at all is not to be seen any more.
+                if (
+                    factor.startswith(("matrix", "sparse.", "factors"))
+                    and "sparse" in entry["format"]
+                    and "int" not in asked
+                ):
                     parts = {key: t for key, t in stored.items() if key == stem or key.startswith(f"{stem}.")}
                     assert_smallest(found[factor], how, parts)
-            if entry["format"] == "sparse":
+            if entry["format"] == "sparse" and "int" not in asked:
                 kept = nonzeros(found["matrix"])
                 assert abs(kept - entry["options"]["density"] * prod(entry["shape"])) <= 1
 
@@ -623,11 +732,23 @@ def assert_smallest(factor, described, parts):
     costs = {
         "dense": m * n * s,
         "bitmask": k * s + ceil(m * n / 8),
+        "delta8": k * (s + 1) + sum(gap // 255 for gap in gaps(factor)),
         "csr": k * (s + (2 if n <= 65536 else 4)) + 8 * (m + 1),
     }
+    there = np.frombuffer(factor.data, f"<u{s}") != 0
+    for width in (4, 8, 16):
+        most = there.reshape(-1, width).sum(axis=1).max() if n % width == 0 else 0
+        if 0 < most < width and m * n >= 1024:
+            bits = ceil(np.log2(comb(width, most)))
+            costs[f"{most}:{width}"] = m * n // width * most * s + ceil(m * n // width * bits / 8)
     encoding = described if described == "dense" else described["encoding"]
     assert encoding == min(costs, key=costs.__getitem__)
     assert sum(len(part.data) for part in parts.values()) == costs[encoding]
+
+
+def gaps(tensor):
+    """How many zeros stand before each value whose bits are not all zero."""
+    return np.diff(np.flatnonzero(np.frombuffer(tensor.data, f"<u{WIDTH[tensor.code]}")), prepend=-1) - 1
 
 
 def nonzeros(tensor):

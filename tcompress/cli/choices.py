@@ -35,10 +35,14 @@ def _choice(text: str, rank: int | None, keep: float | None, tolerance: float | 
     budget = next(
         (name for name, value in (("rank", rank), ("keep", keep), ("tolerance", tolerance)) if value is not None), None
     )
-    given = {size, "ranks"} & set(options)
-    if given:
-        if budget is not None:
-            raise UsageError(f"--format {text} says its {min(given)} already; leave out --{budget}")
+    given = format_type.amounts() & set(options)
+    if (
+        given
+        and budget is not None
+        and (rank is None or format_type.rank_option in format_type.amounts() | set(options))
+    ):
+        raise UsageError(f"--format {text} says its {min(given)} already; leave out --{budget}")
+    if budget is None and (given or format_type.suffices(options)):
         return make(format_type, options)
     if rank is not None and format_type.rank_option is None:
         raise UsageError(

@@ -9,6 +9,7 @@ from tcompress.errors import FormatError
 from tcompress.formats.base import Factorization, Format
 from tcompress.formats.cp import CP
 from tcompress.formats.joint import Joint
+from tcompress.formats.low_rank_sparse import LowRankSparse
 from tcompress.formats.options import check_options, make, split
 from tcompress.formats.reshaped_sum import ReshapedSum
 from tcompress.formats.shuffled import Shuffled
@@ -19,17 +20,32 @@ from tcompress.formats.tt import TT
 from tcompress.formats.ttm import TTMatrix
 from tcompress.formats.tucker import Tucker
 
-__all__ = ["FORMATS", "Factorization", "Format", "find_format", "from_dict", "make", "parse", "to_dict"]
+__all__ = ["FORMATS", "SHORT_NAMES", "Factorization", "Format", "find_format", "from_dict", "make", "parse", "to_dict"]
 
 # The list of all formats: the command line, plans, files, analysis and tests follow from it.
 FORMATS: dict[str, type[Format]] = {
     format_type.name: format_type
-    for format_type in (SVD, TT, TTMatrix, Tucker, CP, ReshapedSum, SparseProduct, Sparse, Shuffled, Joint)
+    for format_type in (
+        SVD,
+        TT,
+        TTMatrix,
+        Tucker,
+        CP,
+        ReshapedSum,
+        SparseProduct,
+        Sparse,
+        LowRankSparse,
+        Shuffled,
+        Joint,
+    )
 }
+
+SHORT_NAMES = {"lrs": LowRankSparse.name}  # for typing; files and plans have the full names
 
 
 def find_format(name: str) -> type[Format]:
-    """Return the format of that name. Raises FormatError that lists those there are."""
+    """Return the format of that name, or short name. Raises FormatError that lists those there are."""
+    name = SHORT_NAMES.get(name, name)
     if name not in FORMATS:
         raise FormatError(f"there is no format {name!r}; there are: {', '.join(FORMATS)}")
     return FORMATS[name]

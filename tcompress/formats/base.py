@@ -96,6 +96,13 @@ class Format(ABC):
         Pure and deterministic. Raises NumericalError when the computation breaks down.
         """
 
+    def unpruned(self, weight: Tensor) -> Tensor:
+        """Return the values from which the largest are kept, (out, fan_in), for formats that have a threshold.
+
+        weight: finite, float32 or float64. Of a low-rank plus sparse weight: what the low-rank part leaves.
+        """
+        return matrix_of(weight)
+
     @abstractmethod
     def factor_specs(self, shape: Shape, dtype: torch.dtype, nonzeros: int | None = None) -> Mapping[str, FactorSpec]:
         """Return shape and nonzeros of every factor of a weight, before it is fitted.
@@ -159,6 +166,17 @@ class Format(ABC):
             for field in dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is a dataclass
             if (value := getattr(self, field.name)) != field.default
         }
+
+    @classmethod
+    def amounts(cls) -> set[str]:
+        """Return the options of which one says how much is kept, unless a budget does."""
+        return {cls.size_option, "ranks"}
+
+    @classmethod
+    def suffices(cls, options: Mapping[str, Any]) -> bool:
+        """Tell whether these options say how much is kept though none of ``amounts`` is among them."""
+        del options
+        return False
 
     @classmethod
     def option_defaults(cls) -> dict[str, Any]:

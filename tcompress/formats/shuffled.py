@@ -15,17 +15,11 @@ from torch import Tensor
 
 from tcompress.encodings import FactorSpec
 from tcompress.errors import FormatError
-from tcompress.formats.base import Factorization, Format, Shape, as_text, require_count
-from tcompress.formats.cp import CP
-from tcompress.formats.options import make, split
-from tcompress.formats.svd import SVD
-from tcompress.formats.tt import TT
-from tcompress.formats.ttm import TTMatrix
-from tcompress.formats.tucker import Tucker
+from tcompress.formats.base import Factorization, Format, Shape, require_count
+from tcompress.formats.inner import parse_inner, sizes_of, text_of
+from tcompress.formats.options import make
 from tcompress.linalg.permutation import shuffled, unshuffled
 
-INNER: dict[str, type[Format]] = {kind.name: kind for kind in (SVD, TT, TTMatrix, Tucker, CP)}
-_SIZES = ("rank", "ranks")
 _LARGEST_SEED = 2**32 - 1
 
 
@@ -51,7 +45,7 @@ class Shuffled(Format):
         require_count("shuffled", "seed", self.seed, least=0)
         if self.seed > _LARGEST_SEED:
             raise FormatError(f"shuffled: seed must be at most {_LARGEST_SEED}, got {self.seed}")
-        kind, options = _inner(self.inner)
+        kind, options = parse_inner("shuffled", "inner", self.inner)
         if self.ranks is not None and "ranks" not in kind.option_defaults():
             raise FormatError(f"shuffled: {kind.name} has one rank, not several")
         make(kind, {**options, **self._size()})
@@ -66,12 +60,12 @@ class Shuffled(Format):
 
     @classmethod
     def within(cls, shape: Shape, dtype: torch.dtype, budget_bytes: int, **options: Any) -> Self | None:
-        kind, own = _inner(options.get("inner", cls.inner))
+        kind, own = parse_inner("shuffled", "inner", options.get("inner", cls.inner))
         return cls._around(kind.within(shape, dtype, budget_bytes, **own), options)
 
     @classmethod
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:
-        kind, own = _inner(options.get("inner", cls.inner))
+        kind, own = parse_inner("shuffled", "inner", options.get("inner", cls.inner))
         seed = cls(**{**options, "rank": 1}).seed
         found = cls._around(kind.reaching(shuffled(weight, seed), relative_error, **own), options)
         assert found is not None, "reaching always finds a setting"  # noqa: S101
@@ -81,10 +75,7 @@ class Shuffled(Format):
         return self._around(self._format().richer(shape), {"inner": self.inner, "seed": self.seed})
 
     def pinned(self, shape: Shape) -> Self:
-        pinned = self._format().pinned(shape)
-        options = {name: as_text(value) for name, value in pinned.options().items() if name not in _SIZES}
-        text = ":".join([pinned.name, *(f"{name}={value}" for name, value in options.items())])
-        return replace(self, inner=text)
+        return replace(self, inner=text_of(self._format().pinned(shape)))
 
     def notes(self, shape: Shape) -> tuple[str, ...]:
         return self._format().notes(shape)
@@ -101,7 +92,7 @@ class Shuffled(Format):
         return ShuffledWeight(shape, inner, self.seed)
 
     def _format(self) -> Format:
-        kind, options = _inner(self.inner)
+        kind, options = parse_inner("shuffled", "inner", self.inner)
         return make(kind, {**options, **self._size()})
 
     def _size(self) -> dict[str, Any]:
@@ -112,8 +103,7 @@ class Shuffled(Format):
         """Return this format around a fitted-out inner one; None around none."""
         if inner is None:
             return None
-        size = {name: value for name in _SIZES if (value := getattr(inner, name, None)) is not None}
-        return cls(**{**options, **size})
+        return cls(**{**options, **sizes_of(inner)})
 
 
 class ShuffledWeight(Factorization):
@@ -126,14 +116,3 @@ class ShuffledWeight(Factorization):
 
     def reconstruct(self) -> Tensor:
         return unshuffled(self.inner.reconstruct(), self.seed)
-
-
-def _inner(text: Any) -> tuple[type[Format], dict[str, Any]]:
-    if not isinstance(text, str):
-        raise FormatError(f"shuffled: inner is the name of a format, got {text!r}")
-    name, options = split(text)
-    if name not in INNER:
-        raise FormatError(f"shuffled: inner is one of {', '.join(INNER)}, got {name!r}")
-    if set(options) & set(_SIZES):
-        raise FormatError("shuffled: the rank is shuffled's own option, not one of inner")
-    return INNER[name], options

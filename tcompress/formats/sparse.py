@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,20 +23,29 @@ from tcompress.formats.base import (
     fan_in,
     largest,
     matrix_of,
+    require_count,
     require_matrix_like,
     take_factors,
 )
-from tcompress.linalg.magnitude import keep_largest, smallest_count_for_error
+from tcompress.linalg.distance import compare
+from tcompress.linalg.magnitude import keep_in_groups, keep_largest, smallest_count_for_error
+
+MOST_NEIGHBOURS = 16  # of a group: the largest for which there is an encoding
 
 
 @dataclass(frozen=True)
 class Sparse(Format):
-    """Keep the fraction ``density`` of the values, those of largest magnitude (of equal ones the first)."""
+    """Keep the fraction ``density`` of the values, those of largest magnitude (of equal ones the first).
+
+    m: choose density * m of every m neighbours in a row: the n:m patterns that some hardware runs faster (2:4 is
+    density=0.5, m=4).
+    """
 
     density: float
+    m: int | None = None
 
     name: ClassVar[str] = "sparse"
-    summary: ClassVar[str] = "magnitude pruning; stored as bitmask or CSR, whichever is smaller"
+    summary: ClassVar[str] = "magnitude pruning, free or n:m; stored as bitmask, gaps or pattern, whichever is smallest"
     rebuild: ClassVar[str] = "matrix.reshape(shape)"
     reference: ClassVar[str] = "LeCun et al. 1990; Han et al. 2015; Hawkins et al. 2021, section 2.3"
     size_option: ClassVar[str] = "density"
@@ -47,23 +56,53 @@ class Sparse(Format):
     def __post_init__(self) -> None:
         if not isinstance(self.density, int | float) or not 0 <= self.density <= 1:
             raise FormatError(f"sparse: density must be a fraction from 0 to 1, got {self.density!r}")
+        if self.m is not None:
+            require_count("sparse", "m", self.m)
+            if self.m > MOST_NEIGHBOURS:
+                raise FormatError(f"sparse: m is at most {MOST_NEIGHBOURS}, got {self.m}")
+            if not (self.density * self.m).is_integer():
+                raise FormatError(f"sparse: density {self.density:g} of every {self.m} values is no whole number")
 
     def kept(self, values: int) -> int:
         """Return how many of so many values are kept."""
         return min(values, math.floor(self.density * values + 0.5))
 
     def fit(self, weight: Tensor) -> Factorization:
-        return SparseMatrix(tuple(weight.shape), keep_largest(matrix_of(weight), self.kept(weight.numel())))
+        shape, matrix = tuple(weight.shape), matrix_of(weight)
+        if self.m is None:
+            return SparseMatrix(shape, keep_largest(matrix, self.kept(weight.numel())))
+        self._require_groups(shape)
+        return SparseMatrix(shape, keep_in_groups(matrix, self._of_group(), self.m))
 
     def factor_specs(self, shape: Shape, dtype: torch.dtype, nonzeros: int | None = None) -> Mapping[str, FactorSpec]:
-        values = math.prod(shape)
+        values, matrix = math.prod(shape), (shape[0], fan_in(shape))
         kept = self.kept(values) if nonzeros is None else min(nonzeros, self.kept(values))
-        return {"matrix": FactorSpec((shape[0], fan_in(shape)), dtype, kept)}
+        if self.m is None:
+            return {"matrix": FactorSpec(matrix, dtype, kept)}
+        self._require_groups(shape)
+        return {"matrix": FactorSpec(matrix, dtype, kept, pattern=(self._of_group(), self.m))}
+
+    def _of_group(self) -> int:
+        return round(self.density * (self.m or 1))
+
+    def _require_groups(self, shape: Shape) -> None:
+        require_matrix_like(self.name, shape)
+        if self.m is not None and fan_in(shape) % self.m:
+            raise FormatError(f"sparse: rows of {fan_in(shape)} values are no groups of {self.m}")
+
+    def unpruned(self, weight: Tensor) -> Tensor:
+        if self.m is not None:
+            raise FormatError("sparse: one threshold for many layers does not make groups of m; leave one of them out")
+        return matrix_of(weight)
 
     @classmethod
     def within(cls, shape: Shape, dtype: torch.dtype, budget_bytes: int, **options: Any) -> Self | None:
         require_matrix_like(cls.name, shape)
         matrix, values = (shape[0], fan_in(shape)), math.prod(shape)
+        m = options.get("m")
+        if m is not None:
+            by_group = [cls(density=n / m, m=m) for n in range(m, 0, -1)]
+            return next((setting for setting in by_group if setting.stored_bytes(shape, dtype) <= budget_bytes), None)
 
         def fits(kept: int) -> bool:
             return cheapest_bytes(FactorSpec(matrix, dtype, kept)) <= budget_bytes
@@ -74,12 +113,21 @@ class Sparse(Format):
 
     @classmethod
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:
+        m = options.get("m")
+        if m is not None:
+            by_group = (cls(density=n / m, m=m) for n in range(m))
+            reaches = (
+                s for s in by_group if compare(weight, s.fit(weight).reconstruct().detach())[1] <= relative_error
+            )
+            return next(reaches, cls(density=1.0, m=m))
         return cls(density=smallest_count_for_error(weight, relative_error) / weight.numel(), **options)
 
     def richer(self, shape: Shape) -> Self | None:
         values = math.prod(shape)
         kept = self.kept(values)
-        return None if kept >= values else type(self)(density=(kept + 1) / values)
+        if kept >= values:
+            return None
+        return replace(self, density=(kept + 1) / values if self.m is None else (self._of_group() + 1) / self.m)
 
     def load(self, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
         require_matrix_like(self.name, shape)

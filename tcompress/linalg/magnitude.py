@@ -5,6 +5,7 @@ Letters: n = number of values, k = number kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 COARSE_BINS = 1 << 16
 _FINE_BITS = 15
 _SIGNLESS = 0x7FFFFFFF
+_SAMPLE = 1 << 16
+_GOLDEN = (math.sqrt(5) - 1) / 2
 _BLOCK = 1 << 18  # values looked at at one time: they stay in the cache from one operation to the next
 
 
@@ -31,25 +34,86 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
         return flat.clone().reshape(values.shape)
     kept = torch.zeros_like(flat)
     if count > 0:
-        (threshold, ties), zero = _threshold(flat, count), flat.new_zeros(())
+        threshold, ties = threshold_of(flat, count)
         for block, target in zip(torch.split(flat, _BLOCK), torch.split(kept, _BLOCK), strict=True):
-            magnitude = block.abs()
-            mask = magnitude >= threshold
-            equal = magnitude == threshold
-            found = int(equal.sum())
-            if found > ties:
-                mask[equal.nonzero()[ties:, 0]] = False
-            ties = max(0, ties - found)
-            torch.where(mask, block, zero, out=target)
+            torch.hardshrink(block, threshold, out=target)  # keeps what is above, exactly
+            equal = _places_of(block.abs(), threshold)[:ties]
+            target[equal] = block[equal]
+            ties -= len(equal)
     return kept.reshape(values.shape)
 
 
-def _threshold(flat: Tensor, count: int) -> tuple[float, int]:
-    """Return the ``count``-th largest magnitude, and how many that equal it are among the ``count`` largest."""
+def _places_of(magnitude: Tensor, threshold: float) -> Tensor:
+    if magnitude.is_cuda:
+        return (magnitude == threshold).nonzero()[:, 0]
+    return torch.from_numpy(np.flatnonzero(magnitude.numpy() == threshold))
+
+
+def keep_in_groups(matrix: Tensor, count: int, size: int) -> Tensor:
+    """Return a copy with all but the ``count`` largest magnitudes of every ``size`` neighbours in a row set to zero.
+
+    matrix: (rows, columns), columns a multiple of ``size``; of equal magnitudes those that come first are kept.
+    """
+    groups = matrix.detach().reshape(-1, size)
+    order = groups.abs().sort(dim=1, descending=True, stable=True).indices
+    kept = torch.zeros_like(groups)
+    places = order[:, :count]
+    return kept.scatter_(1, places, groups.gather(1, places)).reshape(matrix.shape)
+
+
+def threshold_of(flat: Tensor, count: int, minus: Tensor | None = None) -> tuple[float, int]:
+    """Return the ``count``-th largest magnitude, and how many that equal it are among the ``count`` largest.
+
+    flat: (n,), finite; 1 <= count <= n. minus: (n,), what is to be subtracted from it first.
+
+    A sample says between which two magnitudes the threshold lies, one pass counts what is above and collects what is
+    between (Floyd & Rivest 1975): sorting all values would take several times longer, and a copy of them.
+    """
+    bounds = _bounds(flat, count, minus)
+    if bounds is not None:
+        above, between = 0, []
+        others = [None] * math.ceil(flat.numel() / _BLOCK) if minus is None else torch.split(minus, _BLOCK)
+        for block, other in zip(torch.split(flat, _BLOCK), others, strict=True):
+            magnitude = block.abs() if other is None else (block - other).abs_()
+            larger, inside = _above_and_between(magnitude, *bounds)
+            above += larger
+            between.append(inside)
+        inside = torch.cat(between)
+        if above < count <= above + inside.numel():
+            return _partitioned(inside, count - above)
+    return _partitioned(flat.abs() if minus is None else (flat - minus).abs_(), count)
+
+
+def _above_and_between(magnitude: Tensor, low: float, high: float) -> tuple[int, Tensor]:
+    """Return how many magnitudes are above ``high``, and those from ``low`` to ``high``."""
+    if magnitude.is_cuda:
+        return int((magnitude > high).sum()), magnitude[(magnitude >= low) & (magnitude <= high)]
+    values = magnitude.numpy()  # NumPy counts and finds in a third of torch's time
+    places = np.flatnonzero((values >= low) & (values <= high))
+    return int(np.count_nonzero(values > high)), torch.from_numpy(values[places])
+
+
+def _bounds(flat: Tensor, count: int, minus: Tensor | None) -> tuple[float, float] | None:
+    """Return two magnitudes that have the threshold between them, as far as a sample can tell."""
+    if flat.numel() < 4 * _SAMPLE:
+        return None
+    # Multiples of the golden ratio spread evenly and keep no step that rows or columns of a matrix could share.
+    spread = (torch.arange(_SAMPLE, dtype=torch.float64) * _GOLDEN).frac() * flat.numel()
+    places = spread.to(flat.device, torch.int64)
+    sample = flat[places] if minus is None else flat[places] - minus[places]
+    sample = sample.abs_().sort(descending=True).values
+    expected, room = count / flat.numel() * _SAMPLE, 4 * math.sqrt(_SAMPLE) / 2
+    first, last = math.floor(expected - room), math.ceil(expected + room)
+    high = math.inf if first < 0 else float(sample[first])
+    low = 0.0 if last >= _SAMPLE else float(sample[last])
+    return low, high
+
+
+def _partitioned(magnitude: Tensor, count: int) -> tuple[float, int]:
     # In place on one copy: torch.kthvalue would hold a 64-bit index beside every value.
-    magnitude = flat.abs().cpu().numpy()
-    magnitude.partition(magnitude.size - count)
-    largest = magnitude[magnitude.size - count :]
+    values = magnitude.cpu().numpy()
+    values.partition(values.size - count)
+    largest = values[values.size - count :]
     threshold = largest[0]
     return float(threshold), int(count - np.count_nonzero(largest > threshold))
 
@@ -88,17 +152,15 @@ def coarse_counts(values: Tensor) -> Array:
     return _counted((patterns >> _FINE_BITS for patterns in _patterns(values)), COARSE_BINS)
 
 
-def fine_counts(values: Tensor, coarse_bin: int) -> Array:
-    """Count the values of one coarse bin by the lower 15 bits of their magnitude: (32768,) int64."""
+def inside_bin(values: Tensor, coarse_bin: int) -> tuple[Array, Array]:
+    """Return the different magnitudes in one coarse bin, rising, as the lower 15 bits of their patterns; and how often.
+
+    (u,) int32 and (u,) int64: u is at most 32768, however many values there are.
+    """
     inside = (patterns[patterns >> _FINE_BITS == coarse_bin] for patterns in _patterns(values))
-    return _counted((patterns & ((1 << _FINE_BITS) - 1) for patterns in inside), 1 << _FINE_BITS)
-
-
-def counts_around(values: Tensor, coarse_bin: int, fine_bin: int) -> tuple[int, int]:
-    """Return how many magnitudes lie above the threshold that the two bins name, and how many are equal to it."""
-    threshold = (coarse_bin << _FINE_BITS) | fine_bin
-    found = [(int((p > threshold).sum()), int((p == threshold).sum())) for p in _patterns(values)]
-    return sum(above for above, _ in found), sum(equal for _, equal in found)
+    counts = _counted((patterns & ((1 << _FINE_BITS) - 1) for patterns in inside), 1 << _FINE_BITS)
+    fine = np.flatnonzero(counts).astype(np.int32)
+    return fine, counts[fine]
 
 
 def threshold_bin(counts: Array, count: int) -> tuple[int, int]:

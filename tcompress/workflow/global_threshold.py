@@ -10,36 +10,65 @@ import torch
 
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.reader import Checkpoint
-from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.formats import Format, make
-from tcompress.linalg.magnitude import COARSE_BINS, Array, coarse_counts, counts_around, fine_counts, threshold_bin
+from tcompress.linalg.magnitude import COARSE_BINS, Array, coarse_counts, inside_bin, threshold_bin
+from tcompress.workflow.fitting import working_copy
+from tcompress.workflow.layout import planned_bytes
 from tcompress.workflow.plan import Rule, Target
+
+CPU = torch.device("cpu")
 
 
 def share_threshold(
-    checkpoint: Checkpoint, layers: Sequence[Layer], rule: Rule, stored: Mapping[str, torch.dtype]
-) -> dict[str, Format]:
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    rule: Rule,
+    stored: Mapping[str, torch.dtype],
+    device: torch.device = CPU,
+) -> dict[str, Format | Target]:
     """Return each layer's setting when one threshold keeps the rule's amount of all of them together.
 
     The amount is a density (of their values) or a keep (of their dense bytes). Of equal magnitudes at the threshold
-    those of earlier layers are kept.
+    those of earlier layers are kept. Where the threshold decides about what another part of the format leaves, that
+    part is fitted for it twice, and never held: a layer is in memory at a time, and of the others some counts.
+
+    A layer on which the format has no room at all keeps its Target, and with it the reason.
     """
-    histograms = {layer.name: _Histogram(coarse_counts(checkpoint.read(layer.name))) for layer in layers}
-    total = sum(layer.values for layer in layers)
+    settings = {layer.name: _setting(rule, layer, stored[layer.name]) for layer in layers}
+    fitting = [layer for layer in layers if isinstance(settings[layer.name], Format)]
+    if not fitting:
+        return settings
+
+    def unpruned(layer: Layer) -> torch.Tensor:
+        setting = settings[layer.name]
+        assert isinstance(setting, Format)  # noqa: S101
+        return setting.unpruned(working_copy(checkpoint.read(layer.name), device))
+
+    histograms = {layer.name: _Histogram(coarse_counts(unpruned(layer))) for layer in fitting}
     if isinstance(rule.format, Target):
-        budget = math.floor((rule.format.keep or 0) * sum(layer.dense_bytes for layer in layers))
-        count = _count_within(layers, histograms, stored, budget)
-        format_type, options = rule.format.format, dict(rule.format.options)
+        budget = math.floor((rule.format.keep or 0) * sum(layer.dense_bytes for layer in fitting))
+        count = _count_within(fitting, histograms, settings, stored, budget)
     else:
         assert rule.format is not None  # noqa: S101
-        options = rule.format.options()
-        format_type = type(rule.format)
-        count = math.floor(options[format_type.size_option] * total + 0.5)
-    kept = _kept(checkpoint, layers, histograms, count)
-    return {
-        layer.name: make(format_type, {**options, format_type.size_option: kept[layer.name] / layer.values})
-        for layer in layers
-    }
+        total = sum(layer.values for layer in fitting)
+        count = math.floor(getattr(rule.format, rule.format.size_option) * total + 0.5)
+    kept = _kept(fitting, histograms, count, unpruned)
+    return {**settings, **{layer.name: _resized(settings[layer.name], layer, kept[layer.name]) for layer in fitting}}
+
+
+def _setting(rule: Rule, layer: Layer, store: torch.dtype) -> Format | Target:
+    """Return the rule's setting for a layer, all but the number of values kept."""
+    target = rule.format
+    if not isinstance(target, Target):
+        assert target is not None  # noqa: S101
+        return target.pinned(layer.shape)
+    own_part = math.floor((target.keep or 0) * layer.dense_bytes)
+    return target.format.within(layer.shape, store, own_part, **target.options) or target
+
+
+def _resized(setting: Format | Target, layer: Layer, kept: int) -> Format:
+    assert isinstance(setting, Format)  # noqa: S101
+    return make(type(setting), {**setting.options(), setting.size_option: kept / layer.values})
 
 
 class _Histogram:
@@ -56,44 +85,53 @@ class _Histogram:
 
 
 def _count_within(
-    layers: Sequence[Layer], histograms: Mapping[str, _Histogram], stored: Mapping[str, torch.dtype], budget: int
+    layers: Sequence[Layer],
+    histograms: Mapping[str, _Histogram],
+    settings: Mapping[str, Format | Target],
+    stored: Mapping[str, torch.dtype],
+    budget: int,
 ) -> int:
     """Return how many values can be kept within the budget: whole coarse bins, then what the rest allows."""
 
-    def nbytes(coarse_bin: int) -> int:
-        return sum(
-            min(layer.dense_bytes, _bytes(layer, stored[layer.name], histograms[layer.name].at_or_above(coarse_bin)))
-            for layer in layers
-        )
+    def nbytes(layer: Layer, coarse_bin: int) -> int:
+        setting = _resized(settings[layer.name], layer, histograms[layer.name].at_or_above(coarse_bin))
+        factors, header = planned_bytes(layer, setting, stored[layer.name], None)
+        return factors if factors + header < layer.dense_bytes else layer.dense_bytes
 
-    lowest = _first_true(COARSE_BINS, lambda coarse_bin: nbytes(coarse_bin) <= budget)
+    def all_bytes(coarse_bin: int) -> int:
+        return sum(nbytes(layer, coarse_bin) for layer in layers)
+
+    lowest = _first_true(COARSE_BINS, lambda coarse_bin: all_bytes(coarse_bin) <= budget)
     whole = sum(histogram.at_or_above(lowest) for histogram in histograms.values())
     dearest = max(stored[layer.name].itemsize for layer in layers) + 4
-    return whole + max(0, budget - nbytes(lowest)) // dearest
+    most = sum(layer.values for layer in layers)
+    return min(most, whole + max(0, budget - all_bytes(lowest)) // dearest)
 
 
 def _kept(
-    checkpoint: Checkpoint, layers: Sequence[Layer], histograms: Mapping[str, _Histogram], count: int
+    layers: Sequence[Layer],
+    histograms: Mapping[str, _Histogram],
+    count: int,
+    unpruned: Callable[[Layer], torch.Tensor],
 ) -> dict[str, int]:
     """Return how many values each layer keeps of the ``count`` largest of all."""
     if count <= 0:
         return {layer.name: 0 for layer in layers}
     coarse = _first_true(COARSE_BINS, lambda b: sum(h.at_or_above(b) for h in histograms.values()) < count) - 1
-    above = sum(histogram.at_or_above(coarse + 1) for histogram in histograms.values())
-    fine_total = sum(fine_counts(checkpoint.read(layer.name), coarse) for layer in layers)
-    fine, above_fine = threshold_bin(np.asarray(fine_total), count - above)
-    ties_left = count - above - above_fine
+    above = {layer.name: histograms[layer.name].at_or_above(coarse + 1) for layer in layers}
+    inside = {layer.name: inside_bin(unpruned(layer), coarse) for layer in layers}
+    together = np.zeros(1 << 15, dtype=np.int64)
+    for patterns, counts in inside.values():
+        together[patterns] += counts
+    fine, above_fine = threshold_bin(together, count - sum(above.values()))
+    ties_left = count - sum(above.values()) - above_fine
     kept = {}
     for layer in layers:
-        larger, equal = counts_around(checkpoint.read(layer.name), coarse, fine)
-        taken = min(equal, ties_left)
+        patterns, counts = inside[layer.name]
+        taken = min(int(counts[patterns == fine].sum()), ties_left)
         ties_left -= taken
-        kept[layer.name] = larger + taken
+        kept[layer.name] = above[layer.name] + int(counts[patterns > fine].sum()) + taken
     return kept
-
-
-def _bytes(layer: Layer, store: torch.dtype, kept: int) -> int:
-    return cheapest_bytes(FactorSpec((layer.shape[0], layer.values // layer.shape[0]), store, kept))
 
 
 def _first_true(end: int, test: Callable[[int], bool]) -> int:

@@ -38,7 +38,7 @@ class Target:
         name = self.format.name
         if (self.keep is None) == (self.tolerance is None):
             raise FormatError(f"{name}: give one of {self.format.size_option}, keep and tolerance")
-        for size in (self.format.size_option, "ranks"):
+        for size in sorted(self.format.amounts()):
             if size in self.options:
                 raise FormatError(f"{name}: {size} is given beside keep or tolerance; give one of them")
         _require_fraction(name, "keep", self.keep)

@@ -185,7 +185,7 @@ def _choices(
             sharing.setdefault(id(rule), (rule, []))[1].append(layer)
     for rule, members in sharing.values():
         stored = {layer.name: settings.stored_type(layer) for layer in members}
-        choices.update(share_threshold(checkpoint, members, rule, stored))
+        choices.update(share_threshold(checkpoint, members, rule, stored, settings.device))
     return choices
 
 
@@ -248,12 +248,25 @@ def find_setting(
                 setting = choice.format.best_within(weight, store, budget, **choice.options)
             else:
                 setting = choice.format.within(layer.shape, store, budget, **choice.options)
-            return setting or f"no {choice.format.name} fits {budget} of {layer.dense_bytes} bytes"
+            return setting or _too_small(choice, layer, settings.stored_type(layer), budget)
         case Target():
             return _reaching(read(), layer, choice, settings)
         case Format():
             return choice
     return "the plan leaves it dense"
+
+
+def _too_small(target: Target, layer: Layer, store: torch.dtype, budget: int) -> str:
+    """Say that nothing fits a budget, and what would be the smallest that fits one."""
+    problem = f"no {target.format.name} fits {budget} of {layer.dense_bytes} bytes"
+    low, high = budget, 2 * layer.dense_bytes
+    if target.format.within(layer.shape, store, high, **target.options) is None:
+        return problem
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = target.format.within(layer.shape, store, middle, **target.options) is not None
+        low, high = (low, middle) if fits else (middle, high)
+    return f"{problem}; the smallest takes {high}"
 
 
 def _reaching(weight: Tensor, layer: Layer, target: Target, settings: Settings) -> Format | str:

@@ -204,7 +204,9 @@ SENSELESS = [0, -1, 1.5, True, "8", (), (2,), [2], {}, float("nan")]
 @pytest.mark.parametrize("value", SENSELESS, ids=str)
 @pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if "rank" in kind.option_defaults()])
 def test_a_senseless_rank_is_refused_by_name(name, value):
-    with pytest.raises(FormatError, match=r": rank must be a whole number of at least 1, got"):
+    if name == "low-rank-sparse" and value == 0 and value is not False:
+        return  # a weight without a low-rank part
+    with pytest.raises(FormatError, match=r": rank must be a whole number of at least [01], got"):
         FORMATS[name](rank=value)
 
 

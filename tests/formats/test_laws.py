@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tcompress.encodings import FactorSpec, cheapest
+from tcompress.encodings import FactorSpec, cheapest, value_type
 from tcompress.errors import FormatError
 from tcompress.formats import FORMATS, from_dict, make, parse, to_dict
 
@@ -29,7 +29,9 @@ SHAPES = {
     "embedding": (50, 12),
 }
 # Their fits are local optima: a size that fails may lie above one that does, and one too large is never tried.
-SEARCHED = {"cp", "sparse-product"}
+SEARCHED = {"cp", "sparse-product", "low-rank-sparse"}
+STORED = (torch.float32, torch.bfloat16, torch.int8, torch.int4)
+
 everywhere = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 every_format = pytest.mark.parametrize("format_type", FORMATS.values(), ids=FORMATS.keys())
 
@@ -123,13 +125,13 @@ def test_loading_the_factors_gives_the_same_weight(format_type, shape):
         assert torch.equal(again.reconstruct(), fitted.reconstruct())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", STORED, ids=str)
 @everywhere
 @every_format
 def test_stored_bytes_are_those_of_the_encoded_factors(format_type, shape, dtype):
     weight = weight_of(shape)
     for setting in settings(format_type, shape):
-        factors = {name: factor.to(dtype) for name, factor in setting.fit(weight).state_dict().items()}
+        factors = {name: factor.to(value_type(dtype)) for name, factor in setting.fit(weight).state_dict().items()}
         planned = setting.factor_specs(shape, dtype, nonzeros=weight.numel())
         assert factors.keys() == planned.keys()
         specs = {
@@ -139,11 +141,12 @@ def test_stored_bytes_are_those_of_the_encoded_factors(format_type, shape, dtype
         parts = [part for name, factor in factors.items() for part in cheapest(specs[name]).encode(factor).values()]
         announced = setting.stored_bytes(shape, dtype, weight.numel())
         assert sum(part.nbytes for part in parts) <= announced
-        if format_type.exact_bytes:
+        gaps_are_bound = any(cheapest(spec).name == "delta8" for spec in planned.values())
+        if format_type.exact_bytes and not gaps_are_bound:
             assert sum(part.nbytes for part in parts) == announced
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", STORED, ids=str)
 @everywhere
 @every_format
 def test_within_fits_the_budget_and_one_step_richer_does_not(format_type, shape, dtype):

@@ -11,11 +11,12 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from tcompress.linalg.magnitude import (
     coarse_counts,
-    counts_around,
-    fine_counts,
+    inside_bin,
+    keep_in_groups,
     keep_largest,
     smallest_count_for_error,
     threshold_bin,
+    threshold_of,
 )
 
 matrices = arrays(
@@ -55,7 +56,38 @@ def test_counts_find_any_threshold_exactly():
     order = values.abs().sort(descending=True).values
     for count in (1, 17, 2500, 5000):
         coarse, above = threshold_bin(coarse_counts(values), count)
-        fine, above_fine = threshold_bin(fine_counts(values, coarse), count - above)
-        larger, equal = counts_around(values, coarse, fine)
-        assert larger == above + above_fine == int((order > order[count - 1]).sum())
-        assert equal == int((order == order[count - 1]).sum())
+        patterns, counts = inside_bin(values, coarse)
+        fine = np.zeros(1 << 15, dtype=np.int64)
+        fine[patterns] = counts
+        position, above_fine = threshold_bin(fine, count - above)
+        threshold = order[count - 1]
+        assert above + above_fine == int((order > threshold).sum())
+        assert fine[position] == int((order == threshold).sum())
+        assert torch.tensor((coarse << 15) | position, dtype=torch.int32).view(torch.float32) == threshold
+
+
+@pytest.mark.parametrize("kind", ["normal", "constant", "few values", "mostly zero", "heavy tail"])
+@pytest.mark.parametrize("minus", [False, True])
+def test_the_sampled_threshold_is_that_of_sorting(kind, minus):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(400_000, generator=generator)
+    values = {
+        "normal": values,
+        "constant": torch.full_like(values, -0.5),
+        "few values": values.round(),
+        "mostly zero": torch.where(values > 2.5, values, 0),
+        "heavy tail": values**9,
+    }[kind]
+    other = torch.randn(400_000, generator=generator) if minus else None
+    order = (values if other is None else values - other).abs().sort(descending=True).values
+    for count in (1, 2, 1000, 200_000, 399_999, 400_000):
+        threshold, ties = threshold_of(values, count, other)
+        assert threshold == float(order[count - 1])
+        assert ties == count - int((order > order[count - 1]).sum())
+
+
+def test_groups_keep_their_largest_and_the_first_of_equals():
+    matrix = torch.tensor([[1.0, -3.0, 2.0, 0.5, 1.0, 1.0, -1.0, 1.0]])
+    assert torch.equal(keep_in_groups(matrix, 2, 4), torch.tensor([[0.0, -3.0, 2.0, 0.0, 1.0, 1.0, 0.0, 0.0]]))
+    assert not keep_in_groups(matrix, 0, 4).any()
+    assert torch.equal(keep_in_groups(matrix, 4, 4), matrix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import resource
 import signal
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tcompress.checkpoint.opening import open_checkpoint
-from tcompress.errors import InputError, SafetyError
+from tcompress.errors import InputError, SafetyError, UnsupportedError
 from tcompress.formats import FORMATS, parse
 from tcompress.formats.options import make
 from tcompress.workflow.decompression import decompress
@@ -150,6 +151,7 @@ SOUND = {
     "reshaped-sum": "reshaped-sum:rank=2",
     "sparse-product": "sparse-product:nonzeros=3:count=3",
     "sparse": "sparse:density=0.5",
+    "low-rank-sparse": "low-rank-sparse:low_rank=tt:rank=3:density=0.3:rounds=3",
     "shuffled": "shuffled:inner=tt:rank=3",
     "joint": "joint:rank=3",
 }
@@ -448,6 +450,46 @@ def test_a_sparse_factor_that_claims_more_values_than_the_weight_has_is_refused(
     parts["row_starts"] = torch.zeros(25, dtype=torch.int64)
     forged.tensors |= {f"{LAYER}.factors.0.{part}": values for part, values in parts.items()}
     refusal(forged.write(tmp_path / "small.safetensors"))
+
+
+def test_codes_that_claim_more_values_than_the_weight_has_are_refused(tmp_path):
+    forged = forge(SOUND["sparse-product"], MATRIX)
+    del forged.tensors[f"{LAYER}.factors.0"]
+    forged.entry["factors"]["factors.0"] = {"encoding": "delta8", "shape": [24, 1 << 26], "values": "int4"}
+    parts = {"codes": torch.uint8, "scale": torch.float16, "gaps": torch.uint8}
+    forged.tensors |= {f"{LAYER}.factors.0.{part}": torch.zeros(0, dtype=dtype) for part, dtype in parts.items()}
+    message = refusal(forged.write(tmp_path / "small.safetensors"))
+    assert message == "its factor factors.0 claims more values than the weight has"
+
+
+@pytest.mark.parametrize(
+    ("described", "named"),
+    [
+        ({"encoding": "dense", "shape": [24, 3], "values": "int2"}, "encoding 'dense' of 'int2'"),
+        ({"encoding": "4:2", "shape": [24, 3], "values": "int4"}, "encoding '4:2' of 'int4'"),
+        ({"encoding": "2:17", "shape": [24, 3]}, "encoding '2:17'"),
+        ({"encoding": "dense", "shape": [24, 3]}, "encoding 'dense'"),
+        ("delta8", "encoding 'delta8'"),
+        ("2:4", "encoding '2:4'"),
+    ],
+)
+def test_unknown_ways_to_store_a_factor_are_named(tmp_path, described, named):
+    forged = forge(SOUND["svd"], MATRIX)
+    forged.entry["factors"]["left"] = described
+    path = forged.write(tmp_path / "small.safetensors")
+    message = f"its factor left has {named}, which this version cannot read; w wrote it"
+    with pytest.raises(UnsupportedError, match=re.escape(message)):
+        inspect(open_checkpoint(path))
+
+
+@pytest.mark.parametrize("part", ["codes", "scale"])
+def test_a_missing_part_of_codes_is_refused(tmp_path, part):
+    forged = forge(SOUND["svd"], MATRIX)
+    left = forged.tensors.pop(f"{LAYER}.left")
+    parts = {"codes": torch.zeros(left.shape, dtype=torch.int8), "scale": torch.ones(len(left))}
+    forged.entry["factors"]["left"] = {"encoding": "dense", "shape": list(left.shape), "values": "int8"}
+    forged.tensors |= {f"{LAYER}.left.{name}": tensor for name, tensor in parts.items() if name != part}
+    assert refusal(forged.write(tmp_path / "small.safetensors")) == f"its factor {LAYER}.left.{part} is not in the file"
 
 
 def test_a_count_of_factors_that_no_file_could_hold_is_found(tmp_path):

@@ -1,0 +1,169 @@
+"""Low-rank and sparse fits that minimise the error of a layer's OUTPUT, given the second moment of its input.
+
+Letters: A = the matrix (m, n); L, S = its low-rank and sparse parts; E = A - L - S; G = the second moment E[x xT],
+(n, n), or its diagonal (n,); d = square roots of the diagonal; k = entries of S that are not zero.
+
+The error minimised is tr(E G ET), the mean square of E x. With the diagonal alone that is the alternation of OATS,
+with all of G the problem of HASSLE-free and 3BASiL.
+
+S. Zhang, V. Papyan, "OATS: outlier-aware pruning through sparse and low rank decomposition", 2025.
+M. Makni et al., "HASSLE-free: a unified framework for sparse plus low-rank matrix decomposition for LLMs", 2025.
+T. Blumensath, M. Davies, "Normalized iterative hard thresholding", 2010: the step of the sparse part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tcompress.errors import NumericalError
+from tcompress.linalg.magnitude import keep_largest
+from tcompress.linalg.svd import symmetric_eigen, truncated_svd
+from tcompress.linalg.trimmed import Product, Summand
+
+_FLAT = 1e-10  # of the largest eigenvalue: directions of the input that are rounding noise
+_SETTLED = 1e-4  # of the error: a smaller gain of a whole round ends the search
+_HARD_STEPS = 4  # of thresholding in one round
+_SOLVER_STEPS = 6  # of conjugate gradients in one round, for the values on a support
+Part = TypeVar("Part", bound=Summand)
+
+
+def require_moment(gram: Tensor, fan_in: int) -> None:
+    """Raise NumericalError unless ``gram`` is a finite second moment, or the diagonal of one, of so many inputs."""
+    if tuple(gram.shape) not in {(fan_in,), (fan_in, fan_in)}:
+        raise NumericalError(f"a second moment of {fan_in} inputs cannot have the shape {tuple(gram.shape)}")
+    diagonal = gram if gram.ndim == 1 else gram.diagonal()
+    if not bool(torch.isfinite(gram).all()) or bool((diagonal < 0).any()) or not bool((diagonal > 0).any()):
+        raise NumericalError("the second moment of the input is not finite, or negative, or zero")
+
+
+def times(error: Tensor, gram: Tensor) -> Tensor:
+    """Return ``error @ G``, G given whole or by its diagonal."""
+    return error * gram if gram.ndim == 1 else error @ gram
+
+
+def output_error(error: Tensor, gram: Tensor) -> float:
+    """Return the root of tr(E G ET)."""
+    return math.sqrt(max(0.0, float((error * times(error, gram)).sum(dtype=torch.float64))))
+
+
+def root_of(gram: Tensor) -> Tensor:
+    """Return C (n, n) with C CT = G, from eigenvalues: G may be singular, and none is inverted. Diagonals stay (n,)."""
+    if gram.ndim == 1:
+        return gram.sqrt()
+    values, vectors = symmetric_eigen(gram.double())
+    values = torch.where(values > _FLAT * values[-1], values, 0)
+    return (vectors * values.sqrt()).to(gram.dtype)
+
+
+def low_rank_in_metric(matrix: Tensor, rank: int, root: Tensor, *, seed: int = 0) -> Product:
+    """Return the product of a rank that minimises tr(E G ET), exactly: the matrix projected on its leading outputs.
+
+    root: of G, from root_of. ||(A - L) C|| is smallest when L = U UT A, U the leading left singular vectors of A C.
+    """
+    left = truncated_svd(times(matrix, root), rank, seed=seed)[0]
+    return Product(left, left.T @ matrix)
+
+
+def largest_eigenvalue(gram: Tensor) -> float:
+    """Return the largest eigenvalue of G."""
+    return float(gram.max()) if gram.ndim == 1 else float(symmetric_eigen(gram.double())[0][-1])
+
+
+def alternate_in_metric(
+    matrix: Tensor,
+    gram: Tensor,
+    part: Part,
+    low_rank: Callable[[Tensor, Part], Part],
+    *,
+    count: int,
+    rounds: int,
+) -> tuple[Part, Tensor]:
+    """Return low-rank and sparse part, each in turn the best that is found for the other; never worse than at first.
+
+    gram: finite, at least one positive entry on the diagonal. part: to begin with. low_rank: (A - S, previous part) ->
+    a part with a smaller error. count: of nonzeros in S, 0 < count < m n.
+    """
+    scale = _scales(gram)
+    sparse = keep_largest((matrix - _dense(part, matrix)) * scale, count) / scale
+    sparse = _refit(matrix - _dense(part, matrix), sparse, gram)
+    best, lowest = (part, sparse), output_error(matrix - _dense(part, matrix) - sparse, gram)
+    for _ in range(rounds):
+        part = low_rank(matrix - sparse, part)
+        target = matrix - _dense(part, matrix)
+        sparse = _threshold_steps(target, sparse, count, gram, scale)
+        sparse = _refit(target, sparse, gram)
+        error = output_error(target - sparse, gram)
+        gained = lowest - error
+        if gained > 0:
+            best, lowest = (part, sparse), error
+        if gained <= _SETTLED * lowest:
+            break
+    return best
+
+
+def _dense(part: Summand, like: Tensor) -> Tensor:
+    dense = torch.zeros_like(like)
+    part.add_to(dense, 1.0)
+    return dense
+
+
+def _scales(gram: Tensor) -> Tensor:
+    """Return d, in which all inputs count alike; inputs that are always zero count a little, to be divided by."""
+    root = (gram if gram.ndim == 1 else gram.diagonal()).clamp_min(0).sqrt()
+    return root.clamp_min(1e-6 * float(root.max()))
+
+
+def _threshold_steps(target: Tensor, sparse: Tensor, count: int, gram: Tensor, scale: Tensor) -> Tensor:
+    """Move the support: gradient steps in the scaled entries, each followed by keeping the ``count`` largest.
+
+    The step's length is the best one along the gradient on the present support; where it would raise the error it is
+    halved, a few times at most.
+    """
+    error = output_error(target - sparse, gram)
+    for _ in range(_HARD_STEPS):
+        slope = times(target - sparse, gram) / scale
+        inside = torch.where(sparse != 0, slope, 0)
+        curvature = output_error(inside / scale, gram) ** 2
+        length = float(inside.square().sum(dtype=torch.float64)) / curvature if curvature else 1.0
+        for _ in range(4):
+            moved = keep_largest(sparse * scale + length * slope, count) / scale
+            moved_error = output_error(target - moved, gram)
+            if moved_error < error:
+                break
+            length /= 2
+        else:
+            break
+        sparse, error = moved, moved_error
+    return sparse
+
+
+def _refit(target: Tensor, sparse: Tensor, gram: Tensor) -> Tensor:
+    """Return better values on the support of ``sparse``: a few conjugate gradients, all rows at one time.
+
+    Each row is a least-squares problem of its own, S[i, M] G[M, M] = (T G)[i, M]; they share every product with G.
+    """
+    if gram.ndim == 1:
+        return torch.where(sparse != 0, target, 0)
+    support = sparse != 0
+    scale = _scales(gram)
+    values, rest = sparse, torch.where(support, times(target - sparse, gram), 0)
+    preconditioned = rest / scale.square()
+    direction = preconditioned
+    squares = (rest * preconditioned).sum(dim=1, keepdim=True)
+    for _ in range(_SOLVER_STEPS):
+        bent = torch.where(support, times(direction, gram), 0)
+        curvature = (direction * bent).sum(dim=1, keepdim=True)
+        length = torch.where(curvature > 0, squares / curvature, 0)
+        values = values + length * direction
+        rest = rest - length * bent
+        preconditioned = rest / scale.square()
+        following = (rest * preconditioned).sum(dim=1, keepdim=True)
+        direction = preconditioned + torch.where(squares > 0, following / squares, 0) * direction
+        squares = following
+    improved = output_error(target - values, gram) <= output_error(target - sparse, gram)
+    return values if improved and bool(values.isfinite().all()) else sparse
