@@ -28,6 +28,7 @@ REASONS = {
     ("workflow", "cli"): "the command line is a door to the workflow, never the other way round",
 }
 ONLY_THERE = {
+    "matplotlib": {"report"},
     "typer": {"cli"},
     "rich": {"cli", "report"},
     "safetensors": {"checkpoint"},

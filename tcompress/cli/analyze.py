@@ -40,6 +40,14 @@ Structure = Annotated[
         help="Fit low-rank formats to the shuffled weight as well: how much they gain from its structure.",
     ),
 ]
+Plots = Annotated[
+    Path | None,
+    typer.Option(
+        help="Draw into this folder, as PNG and SVG: errors per layer (errors.*), and each layer's values before and "
+        "after its low-rank part is removed (weights-LAYER.*). Files of these names are replaced. Needs matplotlib.",
+        metavar="DIR",
+    ),
+]
 Layers = Annotated[list[str] | None, typer.Option(help="Glob on layer names; may be repeated.", metavar="GLOB")]
 
 
@@ -51,6 +59,7 @@ def analyze(
     tolerance: Tolerance = None,
     layers: Layers = None,
     structure: Structure = True,
+    plots: Plots = None,
     dtype: DTypeName = None,
     key: Key = None,
     allow_nonfinite: AllowNonfinite = False,
@@ -66,10 +75,12 @@ def analyze(
     from tcompress.checkpoint.opening import open_checkpoint
     from tcompress.cli.choices import choices, quick_formats
     from tcompress.cli.console import progress_bar, show
+    from tcompress.report.analysis import analysis_view
     from tcompress.report.documents import analysis_document
-    from tcompress.report.tables import analysis_view
+    from tcompress.report.writing import check_plots
     from tcompress.workflow import analysis
     from tcompress.workflow.planning import Settings
+    from tcompress.workflow.removal import low_rank_of, removals
 
     asked = None
     if formats or rank is not None or keep is not None or tolerance is not None:
@@ -77,9 +88,19 @@ def analyze(
         asked = choices(names, rank=rank, keep=keep, tolerance=tolerance, seed=seed)
     settings = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite)
     set_threads(threads)
+    if plots is not None:
+        check_plots(plots)
     with open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
         found = analysis.analyze(
             checkpoint, asked, layers=layers or (), structure=structure, settings=settings, progress=progress
         )
-    document = analysis_document(found)
+        files: list[Path] = []
+        notes: list[str] = []
+        if plots is not None:
+            from tcompress.report.plots import draw
+
+            low_rank = low_rank_of(asked if formats else None)
+            parts = removals(checkpoint, found.layers, low_rank, device=settings.device, progress=progress)
+            files, notes = draw(found, parts, plots)
+    document = analysis_document(found, plots=files, notes=notes)
     show(document, analysis_view(document), as_json=as_json)

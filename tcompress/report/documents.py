@@ -5,6 +5,8 @@ Every document has "schema": 1, "command" and "tool".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tcompress.formats import FORMATS
@@ -18,6 +20,7 @@ from tcompress.workflow.results import (
     LayerResult,
     Stored,
     VerificationResult,
+    Winner,
     peak_memory_bytes,
 )
 
@@ -53,8 +56,8 @@ def compression_document(result: CompressionResult, exceeded: list[str]) -> Docu
     }
 
 
-def analysis_document(analysis: Analysis) -> Document:
-    """Return the report of ``analyze``."""
+def analysis_document(analysis: Analysis, *, plots: Sequence[Path] = (), notes: Sequence[str] = ()) -> Document:
+    """Return the report of ``analyze``; plots: the files drawn, notes: which layers could not be."""
     return {
         **_head("analyze"),
         "source": {"path": str(analysis.source)},
@@ -64,6 +67,9 @@ def analysis_document(analysis: Analysis) -> Document:
             layer: {name: None if limit is None else limit.options() for name, limit in limits.items()}
             for layer, limits in analysis.break_even.items()
         },
+        "best": [_winner(winner) for winner in analysis.best],
+        "plots": [str(path) for path in plots],
+        "notes": [*analysis.notes, *notes],
         **_tail(analysis.seconds),
     }
 
@@ -189,3 +195,9 @@ def _analysis_row(row: AnalysisRow) -> Document:
         "structure": row.structure,
         "notes": list(row.notes),
     }
+
+
+def _winner(winner: Winner) -> Document:
+    row = _analysis_row(winner.row)
+    kept = ("asked", "format", "options", "stored_bytes", "relative_error")
+    return {"name": row["name"], "keep": winner.keep, "family": winner.family, **{key: row[key] for key in kept}}

@@ -31,8 +31,7 @@ def compression_view(document: Document) -> RenderableType:
         for layer in document["layers"]
     ]
     columns = ["layer", "kind", "shape", "dtype", "format", "dense", "stored", "error"]
-    table = _table(columns, rows, right=columns[5:])
-    return Group(table, *map(Text, compression_summary(document)))
+    return Group(table(columns, rows, right=columns[5:]), *map(Text, compression_summary(document)))
 
 
 def compression_summary(document: Document) -> list[str]:
@@ -58,72 +57,6 @@ def compression_summary(document: Document) -> list[str]:
     if document["output"] is not None:
         lines.append(f"wrote {printable(document['output']['path'])}")
     return lines
-
-
-def analysis_view(document: Document) -> RenderableType:
-    """Show a report of ``analyze``: one asked setting in full, several side by side."""
-    return _one_setting(document) if len(document["asked"]) == 1 else _side_by_side(document)
-
-
-def _one_setting(document: Document) -> RenderableType:
-    rows = [
-        [
-            row["name"],
-            row["kind"],
-            as_shape(row["shape"]),
-            row["dtype"],
-            setting_text(row),
-            limit_lines(document["break_even"][row["name"]]),
-            as_bytes(row["dense_bytes"]),
-            as_bytes(row["stored_bytes"]),
-            as_error(row["relative_error"]),
-            as_error(row["structure"]),
-            row["verdict"],
-        ]
-        for row in document["rows"]
-    ]
-    columns = ["layer", "kind", "shape", "dtype", "format", "break-even", "dense", "stored", "error", "structure"]
-    if all(row["structure"] is None for row in document["rows"]):
-        columns, rows = columns[:-1], [[*row[:-2], row[-1]] for row in rows]
-    return _table([*columns, "verdict"], rows, right=columns[6:])
-
-
-def _side_by_side(document: Document) -> RenderableType:
-    """A row for each layer and format, a column for each amount that is asked."""
-    amounts = list(dict.fromkeys(_amount(asked) for asked in document["asked"]))
-    has_structure = any(row["structure"] is not None for row in document["rows"])
-    found: dict[str, dict[str, dict[str, Document]]] = {}
-    for row in document["rows"]:
-        formats = found.setdefault(row["name"], {})
-        formats.setdefault(row["asked"].partition(":")[0], {})[_amount(row["asked"])] = row
-    rows: list[list[Cell]] = []
-    for name, formats in found.items():
-        for position, (format_name, by_amount) in enumerate(formats.items()):
-            first = next(iter(by_amount.values()))
-            head = [name, first["kind"], as_shape(first["shape"]), first["dtype"]] if position == 0 else [""] * 4
-            limits = document["break_even"][name]
-            own = {format_name: limits[format_name]} if format_name in limits else {}
-            cells: list[Cell] = [*head, format_name, limit_lines(own), *(_error(by_amount.get(a)) for a in amounts)]
-            if has_structure:
-                gains = [row["structure"] for row in by_amount.values() if row["structure"] is not None]
-                cells.append(as_error(max(gains, default=None)))
-            rows.append(cells)
-    last = ["structure"] if has_structure else []
-    columns = ["layer", "kind", "shape", "dtype", "format", "break-even", *amounts, *last]
-    legend = ["relative error of each layer at each setting; larger: not smaller than dense, or not to be fitted"]
-    if has_structure:
-        legend.append("structure: how much smaller the error is than on the same values in random order, at most")
-    return Group(_table(columns, rows, right=[*amounts, *last]), *map(Text, legend))
-
-
-def _amount(asked: str) -> str:
-    return asked.partition(":")[2]
-
-
-def _error(row: Document | None) -> str:
-    if row is None:
-        return ""
-    return as_error(row["relative_error"]) if row["worthwhile"] else "larger"
 
 
 def inspection_view(document: Document) -> RenderableType:
@@ -156,7 +89,7 @@ def inspection_view(document: Document) -> RenderableType:
                 f"compressed by {manifest['writer']} from {source.get('bytes')} bytes, SHA-256 {source.get('sha256')}"
             )
         )
-    return Group(_table(columns, rows, right=["dense", "stored", "error"]), *map(Text, lines))
+    return Group(table(columns, rows, right=["dense", "stored", "error"]), *map(Text, lines))
 
 
 def verification_view(document: Document) -> RenderableType:
@@ -191,7 +124,7 @@ def formats_view(document: Document) -> RenderableType:
         ]
         for entry in document["formats"]
     ]
-    return _table(["format", "what it is", "options", "paper"], rows, right=[])
+    return table(["format", "what it is", "options", "paper"], rows, right=[])
 
 
 def setting_text(row: Document) -> str:
@@ -220,15 +153,16 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Sequence[str]) -> Table:
+    """Return a table without lines; the columns ``right`` hold figures."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         is_figure = column in right
         # A cut-off name cannot be copied into --include: names fold, figures never do.
-        table.add_column(column, justify="right" if is_figure else "left", no_wrap=is_figure, overflow="fold")
+        made.add_column(column, justify="right" if is_figure else "left", no_wrap=is_figure, overflow="fold")
     for row in rows:
-        table.add_row(*map(_text, row))
-    return table
+        made.add_row(*map(_text, row))
+    return made
 
 
 def _text(cell: Cell) -> Text:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import os
+import secrets
+import tempfile
 from pathlib import Path
 
 from tcompress.errors import OutputError, UsageError
@@ -21,6 +26,43 @@ def check_path(path: Path | None, suffixes: tuple[str, ...]) -> None:
         raise UsageError(f"must end with {' or '.join(suffixes)}", path=path)
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist", path=path)
+
+
+def check_plots(folder: Path) -> None:
+    """Raise UsageError without matplotlib, OutputError when no figures could be written there, before any work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError('--plots needs matplotlib: pip install "tcompress[plots]"')
+    if folder.exists() and not folder.is_dir():
+        raise OutputError("is a file; figures go into a folder", path=folder)
+    if not folder.parent.is_dir():
+        raise OutputError(f"the folder {folder.parent} does not exist", path=folder)
+    try:
+        # Tried, not asked: permissions say yes to root even where no file can be made.
+        if folder.exists():
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        else:
+            folder.mkdir()
+            folder.rmdir()
+    except OSError as error:
+        raise OutputError(f"cannot be written to ({error.strerror})", path=folder) from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there completely or not at all; one of that name is replaced.
+
+    Raises OutputError when it cannot be written.
+    """
+    draft = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        with draft.open("xb") as file:
+            file.write(content)
+        draft.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", path=path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def write_report(path: Path, document: Document) -> None:

@@ -15,7 +15,7 @@ from tcompress.checkpoint.manifest import is_compressed
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.errors import NumericalError, UsageError
 from tcompress.formats import FORMATS, Format
-from tcompress.formats.shuffled import INNER
+from tcompress.formats.inner import INNER
 from tcompress.linalg.permutation import shuffled
 from tcompress.workflow.fitting import Fitted, fit_several
 from tcompress.workflow.grouping import find_groups, find_shared, fit_shared, is_joint
@@ -23,10 +23,16 @@ from tcompress.workflow.layout import added_header_bytes
 from tcompress.workflow.plan import Target
 from tcompress.workflow.planning import Settings, break_even, check_choices, find_setting
 from tcompress.workflow.progress import Progress, silent, steps
-from tcompress.workflow.results import Analysis, AnalysisRow
+from tcompress.workflow.results import Analysis, AnalysisRow, Winner
 from tcompress.workflow.survey import facts_of
 
 USUAL_BUDGETS = (0.5, 0.25, 0.1)
+LOW_RANK, SPARSE, BOTH = "low-rank", "sparse", "low-rank + sparse"
+# By name, so that a format may be missing; one that is not named here is a family of its own.
+_FAMILIES = dict.fromkeys(("svd", "tt", "ttm", "tucker", "cp", "reshaped-sum"), LOW_RANK) | {
+    "sparse": SPARSE,
+    "low-rank-sparse": BOTH,
+}
 
 
 def usual_choices() -> list[Format | Target]:
@@ -79,9 +85,30 @@ def analyze(
             own = list(_with_structure(weight, own, settings.stored_type(layer), settings))
         by_choice = {row.asked: row for row in (*own, *joint.get(layer.name, []))}
         rows += [by_choice[str(choice)] for choice in choices]
-    return Analysis(
-        checkpoint.path, tuple(str(choice) for choice in choices), tuple(rows), limits, time.perf_counter() - started
-    )
+    asked, seconds = tuple(str(choice) for choice in choices), time.perf_counter() - started
+    return Analysis(checkpoint.path, asked, tuple(rows), limits, seconds, best=tuple(winners(choices, rows)))
+
+
+def winners(choices: Sequence[Format | Target], rows: Sequence[AnalysisRow]) -> Iterator[Winner]:
+    """Yield the best row of each layer at each ``keep`` at which several families were tried; ties go by bytes.
+
+    A layer that nothing fits at that ``keep`` has none.
+    """
+    families: dict[float, dict[str, str]] = {}
+    for choice in choices:
+        if isinstance(choice, Target) and choice.keep is not None:
+            family = _FAMILIES.get(choice.format.name, choice.format.name)
+            families.setdefault(choice.keep, {})[str(choice)] = family
+    compared = {keep: asked for keep, asked in families.items() if len(set(asked.values())) > 1}
+    own: dict[Layer, list[AnalysisRow]] = {}
+    for row in rows:
+        own.setdefault(row.layer, []).append(row)
+    for layer, tried in own.items():
+        for keep, asked in compared.items():
+            fitting = [row for row in tried if row.asked in asked and row.worthwhile]
+            if fitting:
+                best = min(fitting, key=lambda row: (row.relative_error, row.stored_bytes))
+                yield Winner(layer, keep, asked[best.asked], best)
 
 
 def _rows(
