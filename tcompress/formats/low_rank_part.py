@@ -13,26 +13,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tcompress.errors import NumericalError
 from tcompress.formats.base import Factorization, Format, Shape, matrix_of
 from tcompress.formats.svd import SVD
 from tcompress.linalg.magnitude import keep_largest
-from tcompress.linalg.output_error import alternate_in_metric, largest_eigenvalue, low_rank_in_metric, root_of, times
-from tcompress.linalg.svd import truncated_svd
+from tcompress.linalg.output_error import (
+    alternate_in_metric,
+    largest_eigenvalue,
+    low_rank_in_metric,
+    root_of,
+    scales_of,
+    times,
+)
+from tcompress.linalg.svd import scaled_to_unit, times_power_of_two, truncated_svd
 from tcompress.linalg.trimmed import Product, Summand, fit_trimmed, power_step, trimmed_error
 
 
 @dataclass(frozen=True)
 class Refitted:
-    """A part in any format: a factorization of A's shape."""
+    """A part in any format: a factorization of A's shape, 2^exponent as large as the part."""
 
     found: Factorization
+    exponent: int
 
     def add_to(self, matrix: Tensor, scale: float) -> None:
-        matrix.add_(self.found.reconstruct().detach().reshape(matrix.shape), alpha=scale)
+        dense = self.found.reconstruct().detach().reshape(matrix.shape)
+        matrix.add_(_times_power(dense, -self.exponent), alpha=scale)
 
 
 class Solver(ABC):
-    """One low-rank format on weights of one shape. ``matrix`` and ``target`` are matrices of ``arranged``'s layout."""
+    """One low-rank format on weights of one shape. ``matrix`` and ``target`` are matrices of ``arranged``'s layout.
+
+    exponent: all of them are 2^-exponent of the weight, so that squares stay within the range.
+    """
+
+    exponent = 0
+
+    def scaled(self, matrix: Tensor) -> Tensor:
+        """Return what the search works on for this arranged matrix, and remember by how much it is smaller."""
+        scaled, self.exponent = scaled_to_unit(matrix)
+        return scaled
 
     def arranged(self, weight: Tensor) -> Tensor:
         """Return the weight as the contiguous matrix that this solver works on."""
@@ -63,7 +83,8 @@ class RefitSolver(Solver):
         self._steepest = 0.0
 
     def start(self, matrix: Tensor) -> Refitted:
-        return Refitted(self.setting.fit(matrix.reshape(self.shape)))
+        whole = _times_power(matrix, self.exponent)
+        return Refitted(self.setting.fit(whole.reshape(self.shape)), self.exponent)
 
     def project(self, target: Tensor, previous: Refitted) -> Refitted:
         del previous
@@ -102,7 +123,8 @@ class MatrixSolver(Solver):
         return low_rank_in_metric(target, self.setting.rank, root, seed=self.setting.seed)
 
     def finish(self, part: Product) -> Factorization:
-        return self.setting.from_product(self.shape, part.left, part.right)
+        right = _times_power(part.right, self.exponent)
+        return self.setting.from_product(self.shape, part.left, right)
 
 
 def solver_for(setting: Format, shape: Shape, gram: Tensor | None = None) -> Solver:
@@ -118,14 +140,14 @@ def fit_around(solver: Solver, weight: Tensor, left_out: Tensor, rounds: int) ->
     Hawkins et al. 2021, equations 13 and 14. What stands in these entries is never looked at.
     """
     outside = solver.arranged(left_out)
-    matrix = torch.where(outside, 0, solver.arranged(weight))
+    matrix = solver.scaled(torch.where(outside, 0, solver.arranged(weight)))
     part = solver.start(matrix)
     return solver.finish(fit_trimmed(matrix, part, solver.project, rounds=rounds, left_out=outside))
 
 
 def alternate(solver: Solver, weight: Tensor, count: int, rounds: int) -> Factorization:
     """Return the low-rank part that leaves the least beside the ``count`` largest entries of what it leaves."""
-    matrix = solver.arranged(weight)
+    matrix = solver.scaled(solver.arranged(weight))
     return solver.finish(_settled(solver, matrix, count, rounds))
 
 
@@ -133,16 +155,15 @@ def alternate_for_output(
     solver: Solver, weight: Tensor, gram: Tensor, count: int, rounds: int
 ) -> tuple[Factorization, Tensor]:
     """Return low-rank and sparse part, the latter (out, fan_in), with a small error of the layer's output."""
-    matrix, root = solver.arranged(weight), root_of(gram)
-    diagonal = (gram if gram.ndim == 1 else gram.diagonal()).sqrt()
-    scale = diagonal.clamp_min(1e-6 * float(diagonal.max()))
+    matrix, root = solver.scaled(solver.arranged(weight)), root_of(gram)
+    scale = scales_of(gram)
     part = solver.start(matrix)
     if isinstance(solver, MatrixSolver):
         scaled = _settled(solver, matrix * scale, count, rounds)
         part = Product(scaled.left, scaled.right / scale)
         if gram.ndim == 1:
             sparse = keep_largest((matrix - part.left @ part.right) * scale, count) / scale
-            return solver.finish(part), sparse
+            return solver.finish(part), _times_power(sparse, solver.exponent)
     part, sparse = alternate_in_metric(
         matrix,
         gram,
@@ -151,7 +172,16 @@ def alternate_for_output(
         count=count,
         rounds=rounds,
     )
-    return solver.finish(part), sparse
+    return solver.finish(part), _times_power(sparse, solver.exponent)
+
+
+def _times_power(values: Tensor, exponent: int) -> Tensor:
+    if not exponent:
+        return values
+    found = times_power_of_two(values, exponent)
+    if not found.isfinite().all():
+        raise NumericalError(f"a value of a factor exceeds the range of {values.dtype}; scale the weight down")
+    return found
 
 
 def _settled(solver: Solver, matrix: Tensor, count: int, rounds: int) -> Any:

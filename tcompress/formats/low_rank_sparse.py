@@ -31,7 +31,8 @@ from tcompress.formats.options import make
 from tcompress.formats.sparse import Sparse, SparseMatrix
 from tcompress.linalg.distance import compare, frobenius_norm
 from tcompress.linalg.magnitude import keep_largest, smallest_count_for_error
-from tcompress.linalg.output_error import require_moment
+from tcompress.linalg.output_error import require_moment, scales_of
+from tcompress.linalg.svd import scaled_to_unit
 
 METHODS = ("alternating", "residual", "masking")
 RECONSTRUCTIONS = ("additive", "masking")
@@ -135,11 +136,12 @@ class LowRankSparse(Format):
         count, matrix = self.kept(weight.numel()), matrix_of(weight)
         if gram is not None:
             require_moment(gram, matrix.shape[1])
+            gram = scaled_to_unit(gram)[0].to(matrix.dtype)  # its size says nothing of what is best
         inner = self.low_rank_setting(shape)
         both = gram is not None and inner is not None and self._alternates(weight)
         if both and inner is not None and gram is not None:
             solver = solver_for(inner, shape, gram)
-            found, sparse = alternate_for_output(solver, weight, gram.to(matrix.dtype), count, self.rounds)
+            found, sparse = alternate_for_output(solver, weight, gram, count, self.rounds)
             low: Factorization | None = found
             rest = matrix - found.reconstruct().detach().reshape(matrix.shape)
         else:
@@ -300,8 +302,8 @@ def _largest_for_output(rest: Tensor, count: int, gram: Tensor | None) -> Tensor
     """Return the entries that matter most: the largest, weighed with their input's size where that is known."""
     if gram is None:
         return keep_largest(rest, count)
-    scale = (gram if gram.ndim == 1 else gram.diagonal()).sqrt().to(rest.dtype)
-    return torch.where(keep_largest(rest * scale, count) != 0, rest, 0)
+    kept = keep_largest(scaled_to_unit(rest)[0] * scales_of(gram), count)
+    return torch.where(kept != 0, rest, 0)
 
 
 def _beside(best: float, tried: list[float]) -> list[float]:

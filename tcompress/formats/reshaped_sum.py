@@ -21,7 +21,7 @@ from tcompress.formats.search import smallest_reaching
 from tcompress.formats.svd import SVD
 from tcompress.formats.ttm import TTMatrix
 from tcompress.linalg.distance import frobenius_norm
-from tcompress.linalg.svd import singular_values
+from tcompress.linalg.svd import scaled_to_unit, singular_values
 
 RESHAPES = ("channel", "spatial", "paired")
 _SWEEPS = 30
@@ -210,6 +210,7 @@ class ReshapedSum(Format):
         For one term with the others fixed the choice is in closed form: keep the singular values whose square exceeds
         penalty times cost (the cost is linear in the rank). Alternated as in `fit`; the penalty by bisection.
         """
+        weight = scaled_to_unit(weight)[0]  # what is squared here must not leave the range
         low, high = 0.0, frobenius_norm(weight) ** 2 / min(costs)
         best: tuple[int, ...] = (0,) * len(names)
         parts = [torch.zeros_like(weight) for _ in names]

@@ -61,7 +61,10 @@ class Sparse(Format):
             if self.m > MOST_NEIGHBOURS:
                 raise FormatError(f"sparse: m is at most {MOST_NEIGHBOURS}, got {self.m}")
             if not (self.density * self.m).is_integer():
-                raise FormatError(f"sparse: density {self.density:g} of every {self.m} values is no whole number")
+                raise FormatError(
+                    f"sparse: density {self.density:g} of every {self.m} values is no whole number; "
+                    f"take a multiple of 1/{self.m}"
+                )
 
     def kept(self, values: int) -> int:
         """Return how many of so many values are kept."""

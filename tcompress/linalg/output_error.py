@@ -88,7 +88,7 @@ def alternate_in_metric(
     gram: finite, at least one positive entry on the diagonal. part: to begin with. low_rank: (A - S, previous part) ->
     a part with a smaller error. count: of nonzeros in S, 0 < count < m n.
     """
-    scale = _scales(gram)
+    scale = scales_of(gram)
     sparse = keep_largest((matrix - _dense(part, matrix)) * scale, count) / scale
     sparse = _refit(matrix - _dense(part, matrix), sparse, gram)
     best, lowest = (part, sparse), output_error(matrix - _dense(part, matrix) - sparse, gram)
@@ -112,7 +112,7 @@ def _dense(part: Summand, like: Tensor) -> Tensor:
     return dense
 
 
-def _scales(gram: Tensor) -> Tensor:
+def scales_of(gram: Tensor) -> Tensor:
     """Return d, in which all inputs count alike; inputs that are always zero count a little, to be divided by."""
     root = (gram if gram.ndim == 1 else gram.diagonal()).clamp_min(0).sqrt()
     return root.clamp_min(1e-6 * float(root.max()))
@@ -150,15 +150,18 @@ def _refit(target: Tensor, sparse: Tensor, gram: Tensor) -> Tensor:
     if gram.ndim == 1:
         return torch.where(sparse != 0, target, 0)
     support = sparse != 0
-    scale = _scales(gram)
+    scale = scales_of(gram)
     values, rest = sparse, torch.where(support, times(target - sparse, gram), 0)
     preconditioned = rest / scale.square()
     direction = preconditioned
     squares = (rest * preconditioned).sum(dim=1, keepdim=True)
+    flat = len(gram) * torch.finfo(target.dtype).eps
     for _ in range(_SOLVER_STEPS):
         bent = torch.where(support, times(direction, gram), 0)
         curvature = (direction * bent).sum(dim=1, keepdim=True)
-        length = torch.where(curvature > 0, squares / curvature, 0)
+        # Along directions that no input has, only rounding noise would say how far to go: far.
+        noise = flat * (direction * scale).square().sum(dim=1, keepdim=True)
+        length = torch.where(curvature > noise, squares / curvature, 0)
         values = values + length * direction
         rest = rest - length * bent
         preconditioned = rest / scale.square()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tcompress.linalg.distance import frobenius_norm
 from tcompress.linalg.subspace import split_off
-from tcompress.linalg.svd import rank_for_error, singular_values
+from tcompress.linalg.svd import rank_for_error, scaled_to_unit, singular_values
 
 Cores = list[Tensor]
 
@@ -41,8 +41,9 @@ def ranks_for_error(tensor: Tensor, relative_error: float) -> tuple[int, ...]:
     The errors of successive truncations are orthogonal, so their squares add up exactly. Each of the d - 1 gets an
     equal part of what those before it left over (Oseledets 2011 gives each the same delta, and wastes the rest).
     """
-    total = frobenius_norm(tensor) ** 2
-    left_over, ranks, before, rest = relative_error**2 * total, [], 1, tensor
+    rest = scaled_to_unit(tensor)[0]
+    total = frobenius_norm(rest) ** 2
+    left_over, ranks, before = relative_error**2 * total, [], 1
     for position, size in enumerate(tensor.shape[:-1]):
         matrix = rest.reshape(before * size, -1)
         values = singular_values(matrix)

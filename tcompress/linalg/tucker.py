@@ -17,9 +17,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from tcompress.errors import NumericalError
 from tcompress.linalg.distance import frobenius_norm
 from tcompress.linalg.subspace import split_off
-from tcompress.linalg.svd import rank_for_error, singular_values
+from tcompress.linalg.svd import rank_for_error, scaled_to_unit, singular_values, times_power_of_two
 
 Factors = list[Tensor | None]
 _SWEEPS = 100
@@ -34,9 +35,14 @@ def tucker(tensor: Tensor, ranks: Sequence[int | None], *, seed: int = 0) -> tup
     every sweep of HOOI lowers it. Raises NumericalError as truncated_svd does.
     """
     cut = [rank if rank is not None and rank < size else None for rank, size in zip(ranks, tensor.shape, strict=True)]
-    core, factors = st_hosvd(tensor, cut, seed=seed)
+    scaled, exponent = scaled_to_unit(tensor)
+    core, factors = st_hosvd(scaled, cut, seed=seed)
     if len(tensor.shape) - cut.count(None) > 1:  # with one mode truncated, that truncation was the best there is
-        core, factors = _iterate(tensor, core, factors, cut, seed)
+        core, factors = _iterate(scaled, core, factors, cut, seed)
+    if exponent:
+        core = times_power_of_two(core, exponent)
+        if not core.isfinite().all():
+            raise NumericalError(f"a core exceeds the range of {tensor.dtype}; scale the weight down")
     for mode, rank in enumerate(ranks):
         if rank is not None and cut[mode] is None:  # any basis of a whole mode does: this one costs nothing
             factors[mode] = torch.eye(tensor.shape[mode], dtype=tensor.dtype, device=tensor.device)
@@ -80,8 +86,9 @@ def ranks_for_error(tensor: Tensor, relative_error: float, modes: Iterable[int])
     Squared errors of successive truncations add up: each mode gets an equal part of what those before it left over.
     The modes are truncated in the order in which they are given.
     """
-    total = frobenius_norm(tensor) ** 2
-    left_over, core, wanted, ranks = relative_error**2 * total, tensor, list(modes), []
+    core = scaled_to_unit(tensor)[0]
+    total = frobenius_norm(core) ** 2
+    left_over, wanted, ranks = relative_error**2 * total, list(modes), []
     for position, mode in enumerate(wanted):
         matrix = unfolding(core, mode)
         values = singular_values(matrix)

@@ -151,7 +151,10 @@ def _measured(
     norm, error = compare(weight, rebuilt)
     if not math.isfinite(error):
         raise NumericalError(f"{setting}: its reconstruction is not finite")
-    return Fitted(setting, shape, stored, figure(norm), figure(error), time.perf_counter() - started)
+    norm, error = figure(norm), figure(error)
+    if not math.isfinite(norm):
+        raise NumericalError(f"{setting}: the weight's norm exceeds the range of float64; scale the weight down")
+    return Fitted(setting, shape, stored, norm, error, time.perf_counter() - started)
 
 
 def rebuild(

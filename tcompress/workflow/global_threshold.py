@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,6 +11,7 @@ import torch
 
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.reader import Checkpoint
+from tcompress.errors import NumericalError
 from tcompress.formats import Format, make
 from tcompress.linalg.magnitude import COARSE_BINS, Array, coarse_counts, inside_bin, threshold_bin
 from tcompress.workflow.fitting import working_copy
@@ -32,7 +34,8 @@ def share_threshold(
     those of earlier layers are kept. Where the threshold decides about what another part of the format leaves, that
     part is fitted for it twice, and never held: a layer is in memory at a time, and of the others some counts.
 
-    A layer on which the format has no room at all keeps its Target, and with it the reason.
+    A layer on which the format has no room at all keeps its Target, and with it the reason; one of which the other part
+    cannot be computed keeps its setting, whose fit will say why.
     """
     settings = {layer.name: _setting(rule, layer, stored[layer.name]) for layer in layers}
     fitting = [layer for layer in layers if isinstance(settings[layer.name], Format)]
@@ -44,7 +47,13 @@ def share_threshold(
         assert isinstance(setting, Format)  # noqa: S101
         return setting.unpruned(working_copy(checkpoint.read(layer.name), device))
 
-    histograms = {layer.name: _Histogram(coarse_counts(unpruned(layer))) for layer in fitting}
+    histograms = {}
+    for layer in fitting:
+        with contextlib.suppress(NumericalError):
+            histograms[layer.name] = _Histogram(coarse_counts(unpruned(layer)))
+    fitting = [layer for layer in fitting if layer.name in histograms]
+    if not fitting:
+        return settings
     if isinstance(rule.format, Target):
         budget = math.floor((rule.format.keep or 0) * sum(layer.dense_bytes for layer in fitting))
         count = _count_within(fitting, histograms, settings, stored, budget)

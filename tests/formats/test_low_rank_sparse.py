@@ -346,3 +346,102 @@ def test_either_part_can_be_given_beside_a_budget(text, budget, expected):
 def test_what_contradicts_itself_is_refused(text, budget, reason):
     with pytest.raises(UsageError, match=reason):
         choices([text], **{"rank": None, "keep": None, "tolerance": None, **budget}, seed=0)
+
+
+EXTREMES = [(torch.float32, 1e36), (torch.float32, 1e-36), (torch.float64, 1e200), (torch.float64, 1e-200)]
+
+
+@pytest.mark.parametrize(("dtype", "size"), EXTREMES, ids=str)
+@pytest.mark.parametrize("moment", ["none", "full", "diagonal", "singular", "zero columns"])
+@pytest.mark.parametrize("inner", ["svd", "tt", "cp"])
+def test_the_size_of_the_weight_does_not_matter(inner, moment, dtype, size):
+    inputs = weight_of(100, 48, seed=9).to(dtype)
+    gram = {
+        "none": None,
+        "full": inputs.T @ inputs,
+        "diagonal": inputs.square().sum(dim=0),
+        "singular": inputs[:20].T @ inputs[:20],
+        "zero columns": torch.diag(inputs.square().sum(dim=0) * (torch.arange(48) % 3 > 0)),
+    }[moment]
+    weight = weight_of(40, 48).to(dtype)
+    setting = LowRankSparse(density=0.2, rank=2, low_rank=inner, rounds=3)
+    plain, scaled = (
+        compare(each, setting.fit(each, gram).reconstruct().detach())[1] for each in (weight, weight * size)
+    )
+    assert scaled == pytest.approx(plain, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("moment_type", "size"),
+    [
+        *itertools.product([torch.float32, torch.float64], [1e-30, 1e30]),
+        (torch.float64, 1e-300),
+        (torch.float64, 1e300),
+    ],
+    ids=str,
+)
+def test_the_size_of_the_moment_does_not_matter(size, moment_type):
+    inputs = weight_of(100, 48, seed=9).double()
+    gram = (inputs.T @ inputs * size).to(moment_type)
+    weight, setting = weight_of(40, 48), LowRankSparse(density=0.2, rank=2, rounds=3)
+    expected = setting.fit(weight, inputs.T @ inputs).reconstruct()
+    torch.testing.assert_close(setting.fit(weight, gram).reconstruct(), expected, rtol=1e-3, atol=1e-3)
+    for density in (0.0, 1.0):
+        assert LowRankSparse(density=density, rank=2).fit(weight, gram).reconstruct().isfinite().all()
+
+
+def test_values_beyond_the_range_are_refused():
+    inputs = weight_of(5, 48, seed=9)
+    weight = 3e37 * weight_of(40, 48).clamp(-10, 10)
+    with pytest.raises(NumericalError, match="exceeds the range of"):
+        LowRankSparse(density=0.2, rank=2, rounds=20).fit(weight, inputs.T @ inputs)
+
+
+@every_combination
+def test_inputs_in_any_layout_give_equal_factors_and_stay_as_they_are(method, reconstruction):
+    weight = weight_of(24, 36)
+    gram = weight_of(36, 36, seed=3)
+    gram = gram @ gram.T
+    setting = LowRankSparse(density=0.25, rank=2, method=method, reconstruction=reconstruction, rounds=5)
+    strided = torch.empty(36, 24).T.copy_(weight)
+    sliced = torch.zeros(48, 72)[::2, ::2].copy_(weight)
+    for moment in (None, gram):
+        fits = [setting.fit(each, moment).state_dict() for each in (weight, strided, sliced)]
+        for other in fits[1:]:
+            assert all(torch.equal(fits[0][name], other[name]) for name in other)
+    assert torch.equal(strided, weight_of(24, 36))
+    assert torch.equal(sliced, weight_of(24, 36))
+
+
+def test_the_alternation_takes_the_memory_of_few_weights():
+    weight = weight_of(1024, 1024)
+    setting = LowRankSparse(density=0.5, rank=16, rounds=3)
+    setting.fit(weight[:64])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        setting.fit(weight)
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    assert most <= 8 * weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_directions_that_no_input_has_do_not_let_values_grow(samples, dtype):
+    inputs = torch.randn(samples, 48, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    weight = torch.randn(40, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = (inputs.T @ inputs / samples).to(dtype)
+    found = LowRankSparse(density=0.2, rank=2, rounds=20).fit(weight.to(dtype), gram)
+    rebuilt = found.reconstruct().detach().double()
+    assert float(((weight - rebuilt) @ inputs.T).norm() / (weight @ inputs.T).norm()) < 1e-6
+    assert float((weight - rebuilt).norm() / weight.norm()) < 1.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_values_are_kept_where_all_are_asked_for_though_some_inputs_are_zero(method):
+    weight, moment = weight_of(12, 20), (torch.arange(20) % 3 > 0).float()
+    for gram in (moment, torch.diag(moment)):
+        found = LowRankSparse(density=1.0, rank=2, method=method).fit(weight, gram)
+        assert compare(weight, found.reconstruct().detach())[1] <= 1e-6

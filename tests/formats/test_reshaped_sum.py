@@ -169,3 +169,10 @@ def test_more_than_two_pairs_of_modes_are_refused():
 def test_what_is_reached_is_within_the_error(weight, wanted):
     found = ReshapedSum.reaching(weight, wanted).fit(weight).reconstruct().detach()
     assert (found - weight).double().norm() <= wanted * weight.double().norm() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-170, 1e170, 1e300])
+def test_the_size_of_float64_values_does_not_matter(size):
+    weight = tensor_of(12, 8, 3, 3, dtype=torch.float64)
+    best = [ReshapedSum.best_within(each, torch.float64, weight.nbytes // 2) for each in (weight, weight * size)]
+    assert best[0] == best[1]

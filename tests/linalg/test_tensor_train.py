@@ -131,3 +131,9 @@ def test_all_cores_but_the_last_are_orthonormal():
     for core in cores:
         matrix = core.reshape(-1, core.shape[2])
         torch.testing.assert_close(matrix.T @ matrix, torch.eye(core.shape[2], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-170, 1e170, 1e300])
+def test_the_size_of_float64_values_does_not_matter(size):
+    tensor = tensor_of(6, 5, 7)
+    assert ranks_for_error(tensor * size, 0.4) == ranks_for_error(tensor, 0.4)

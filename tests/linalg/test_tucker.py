@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorly.decomposition import partial_tucker
 
+from tcompress.errors import NumericalError
 from tcompress.linalg.tucker import ranks_for_error, st_hosvd, tucker, tucker_full, usable_ranks
 
 sizes_lists = st.lists(st.integers(1, 6), min_size=2, max_size=4)
@@ -107,3 +108,16 @@ def test_the_error_is_at_most_tensorlys(ranks, decay, excess, dtype):
     theirs = tensorly.tenalg.multi_mode_dot(core, factors, modes=modes)
     ours = tucker_full(*tucker(tensor.to(dtype), ranks)).double().numpy()
     assert np.linalg.norm(ours - truth) <= np.linalg.norm(theirs - truth) + excess * np.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-170, 1e170, 1e300])
+def test_the_size_of_float64_values_does_not_matter(size):
+    tensor = tensor_of(6, 5, 7)
+    plain, scaled = (tucker_full(*tucker(each, (3, 2, 3))) for each in (tensor, tensor * size))
+    torch.testing.assert_close(scaled / size, plain, rtol=1e-6, atol=1e-9)
+    assert ranks_for_error(tensor * size, 0.4, range(3)) == ranks_for_error(tensor, 0.4, range(3))
+
+
+def test_a_core_beyond_the_range_is_refused():
+    with pytest.raises(NumericalError, match=r"exceeds the range of torch\.float32"):
+        tucker(torch.full((6, 5, 7), 3e38), (2, 2, 2))
