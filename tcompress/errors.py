@@ -10,6 +10,7 @@
     +-- NumericalError      6   NaN or Inf in the weights
     +-- OutputError         7   the output cannot be written
     +-- VerifyError         8   a compressed checkpoint is not what it says it is
+    +-- LockedError        75   another run is writing the same output: try again later
 
 130 and 143 are left for SIGINT and SIGTERM.
 """
@@ -22,9 +23,11 @@ from pathlib import Path
 def printable(text: str) -> str:
     r"""Return ``text`` with every control and other unprintable character escaped (``\n`` becomes ``\\n``).
 
-    Names come from files that strangers wrote; a terminal must never obey them.
+    Names come from files that strangers wrote; a terminal must never obey them, nor a build server for which ``##``
+    begins a command.
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return shown.replace("##", r"#\x23")
 
 
 class TcompressError(Exception):
@@ -92,3 +95,13 @@ class VerifyError(TcompressError):
     """A compressed checkpoint does not hold what its manifest says."""
 
     exit_code = 8
+
+
+class LockedError(TcompressError):
+    """Another run is writing the same output."""
+
+    exit_code = 75
+
+
+class Stopped(BaseException):
+    """A signal asked this process to stop. Not KeyboardInterrupt, which the command line's library would answer."""

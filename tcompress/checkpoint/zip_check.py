@@ -25,6 +25,8 @@ MAX_DIRECTORY_BYTES = 16 << 20  # of the zip's list of members: some 200,000 of 
 MAX_PICKLE_BYTES = 64 << 20
 MAX_OPCODES = 2_000_000  # some 60,000 tensors; PyTorch's unpickler makes at most one small object of each
 
+MAX_TUPLED = 5 * MAX_OPCODES  # values that tuples hold, counted again wherever one stands in another or is used again
+
 DAMAGED = "is truncated or damaged; download or save it again"
 SAVE_AGAIN = "save its state_dict with torch.save or as safetensors"
 
@@ -128,10 +130,16 @@ def check_pickles(stream: BinaryIO, count: int, path: Path) -> None:
     for _ in range(count):
         latest = None  # the string seen last: before a value stands its key
         strings: dict[int, str] = {}
-        for name, argument in _opcodes(stream, path):
+        tuples = _Tuples()
+        for opcode, argument in _opcodes(stream, path):
+            name = opcode.name
             opcodes += 1
             if opcodes > MAX_OPCODES:
                 raise SafetyError(f"its pickle has more than {MAX_OPCODES} opcodes; {SAVE_AGAIN}", path=path)
+            tuples.follow(opcode, argument)
+            if tuples.held > MAX_TUPLED:
+                reason = f"its pickle makes tuples of more than {MAX_TUPLED} values; {SAVE_AGAIN}"
+                raise SafetyError(reason, path=path)
             if name == "GLOBAL":
                 _check_global(str(argument), latest, path)
             elif name == "PROTO" and argument != 2:
@@ -143,6 +151,44 @@ def check_pickles(stream: BinaryIO, count: int, path: Path) -> None:
                 strings[argument] = latest
             elif isinstance(argument, int) and name.endswith("BINGET"):
                 latest = strings.get(argument, latest)
+
+
+class _Tuples:
+    """How many values the tuples of a pickle hold: a few bytes make tuples that double, and hashing one takes for ever.
+
+    Of the unpickler's stack it keeps these numbers only; a pickle that does not fit its own stack is for others to see.
+    """
+
+    def __init__(self) -> None:
+        self.held = 0
+        self._stack: list[int] = []
+        self._marks: list[int] = []
+        self._memo: dict[object, int] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
+        """Do to the numbers what the opcode does to the values."""
+        name, before, after = opcode.name, opcode.stack_before, opcode.stack_after
+        if name == "MARK":
+            self._marks.append(len(self._stack))
+        elif name.endswith("PUT") or name == "MEMOIZE":
+            self._memo[len(self._memo) if argument is None else argument] = self._stack[-1] if self._stack else 1
+        elif name.endswith("GET"):
+            self._push(self._memo.get(argument, 1))
+        elif name == "DUP":
+            self._push(self._stack[-1] if self._stack else 1)
+        else:
+            marked = pickletools.markobject in before
+            start = (self._marks.pop() if self._marks else 0) if marked else max(0, len(self._stack) - len(before))
+            used = self._stack[start:]
+            del self._stack[start:]
+            if marked:
+                below = before.index(pickletools.markobject)
+                del self._stack[max(0, len(self._stack) - below) :]
+            self._push(*([1 + sum(used)] if "TUPLE" in name else [1] * len(after)))
+
+    def _push(self, *numbers: int) -> None:
+        self._stack += numbers
+        self.held += sum(number for number in numbers if number > 1)
 
 
 class _Bounded:
@@ -240,11 +286,11 @@ def _bytes_of(file: BinaryIO, record: Record, path: Path, *, limit: int) -> byte
     return file.read(record.size)
 
 
-def _opcodes(stream: BinaryIO, path: Path) -> Iterator[tuple[str, object]]:
-    """Yield the name and the argument of each opcode up to and with STOP."""
+def _opcodes(stream: BinaryIO, path: Path) -> Iterator[tuple[pickletools.OpcodeInfo, object]]:
+    """Yield each opcode and its argument up to and with STOP."""
     try:
         for opcode, argument, _ in pickletools.genops(stream):
-            yield opcode.name, argument
+            yield opcode, argument
     except Exception as error:  # whatever the parser stumbles over, the file is to blame
         raise InputError(DAMAGED, path=path) from error
 

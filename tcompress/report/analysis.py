@@ -15,7 +15,7 @@ from tcompress.errors import printable
 from tcompress.report.asked import split_asked
 from tcompress.report.documents import Document
 from tcompress.report.figures import as_bytes, as_error, as_shape
-from tcompress.report.tables import Cell, limit_lines, setting_text, table
+from tcompress.report.tables import Cell, limit_lines, line, setting_text, table
 
 _NOTES_SHOWN = 20
 _LESS_NEEDED = ("dtype", "kind", "break-even", "shape")  # left out, in this order, where a terminal is too narrow
@@ -51,7 +51,7 @@ def analysis_view(document: Document) -> RenderableType:
     lines = [f"note: {printable(note)}" for note in document["notes"][:_NOTES_SHOWN]]
     more = len(document["notes"]) - _NOTES_SHOWN
     lines += [f"... and {more} more notes, see --json"] if more > 0 else []
-    return Group(view, *map(Text, [*lines, *_drawn(document["plots"])]))
+    return Group(view, *map(line, [*lines, *_drawn(document["plots"])]))
 
 
 def _drawn(plots: Sequence[str]) -> list[str]:
@@ -108,7 +108,7 @@ def _side_by_side(document: Document) -> RenderableType:
             rows[-1] += [""] * has_structure
     last = ["structure"] if has_structure else []
     columns = ["layer", "kind", "shape", "dtype", "format", "break-even", *amounts, *last]
-    return Group(_Fitting(columns, rows, right=[*amounts, *last]), *map(Text, _legend(document, has_structure)))
+    return Group(_Fitting(columns, rows, right=[*amounts, *last]), *map(line, _legend(document, has_structure)))
 
 
 def _legend(document: Document, has_structure: bool) -> list[str]:

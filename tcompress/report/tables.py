@@ -31,7 +31,7 @@ def compression_view(document: Document) -> RenderableType:
         for layer in document["layers"]
     ]
     columns = ["layer", "kind", "shape", "dtype", "format", "dense", "stored", "error"]
-    return Group(table(columns, rows, right=columns[5:]), *map(Text, compression_summary(document)))
+    return Group(table(columns, rows, right=columns[5:]), *map(line, compression_summary(document)))
 
 
 def compression_summary(document: Document) -> list[str]:
@@ -89,7 +89,7 @@ def inspection_view(document: Document) -> RenderableType:
                 f"compressed by {manifest['writer']} from {source.get('bytes')} bytes, SHA-256 {source.get('sha256')}"
             )
         )
-    return Group(table(columns, rows, right=["dense", "stored", "error"]), *map(Text, lines))
+    return Group(table(columns, rows, right=["dense", "stored", "error"]), *map(line, lines))
 
 
 def verification_view(document: Document) -> RenderableType:
@@ -99,13 +99,13 @@ def verification_view(document: Document) -> RenderableType:
     verdict = "is what it says it is" if document["passed"] else f"has {len(document['problems'])} problem(s)"
     layers = len(document["layers"])
     lines.append(f"{printable(document['path'])} {verdict}: {layers} compressed layers, {errors}")
-    return Group(*map(Text, lines))
+    return Group(*map(line, lines))
 
 
 def decompression_view(document: Document) -> RenderableType:
     """Show a report of ``decompress``."""
     output = document["output"]
-    return Text(
+    return line(
         f"wrote {printable(output['path'])}: {document['tensors']} tensors, {document['rebuilt']} of them rebuilt, "
         f"{output['bytes']} bytes, in {as_seconds(document['seconds'])}"
     )
@@ -165,5 +165,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Sequ
     return made
 
 
+def line(words: str) -> Text:
+    """Return a line for the terminal, or the log of a CI whose runner obeys lines that begin with ``::`` or ``##``.
+
+    Where a line folds, any part of a name may come to stand at its beginning.
+    """
+    return Text(printable(words).replace("::", r":\x3a"))
+
+
 def _text(cell: Cell) -> Text:
-    return Text("\n".join(map(printable, [cell] if isinstance(cell, str) else cell)))
+    return Text("\n").join(map(line, [cell] if isinstance(cell, str) else cell))

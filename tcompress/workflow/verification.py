@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import stat
 import time
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ from tcompress.checkpoint.integrity import damage, sha256_of_files
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.manifest import SIDECAR, parse_manifest
 from tcompress.checkpoint.reader import Checkpoint
-from tcompress.checkpoint.safetensors_file import SafetensorsFile
+from tcompress.checkpoint.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 from tcompress.checkpoint.sharded import ShardedCheckpoint
 from tcompress.errors import TcompressError
 from tcompress.linalg.distance import compare
@@ -105,6 +106,10 @@ def _document_problems(dense: CompressedView) -> Iterator[str]:
         yield f"{checkpoint.index}: its total_size is not the {total} bytes of the tensors"
     sidecar = checkpoint.index.parent / SIDECAR
     try:
+        status = sidecar.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_HEADER_BYTES:
+            yield f"{sidecar}: is not a regular file, or larger than a manifest can be"
+            return
         same = parse_manifest(sidecar.read_text("utf-8").rstrip(), sidecar) == dense.manifest
     except (OSError, UnicodeDecodeError) as error:
         yield f"{sidecar}: cannot be read ({error})"

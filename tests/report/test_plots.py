@@ -17,8 +17,8 @@ from tcompress.report import plots, writing
 from tcompress.report.asked import split_asked
 from tcompress.workflow.analysis import analyze
 from tcompress.workflow.plan import Target
-from tcompress.workflow.planning import Settings
 from tcompress.workflow.removal import removals
+from tcompress.workflow.settings import Settings
 
 CHOICES = [Target(SVD, keep=0.5), Target(Sparse, keep=0.5), Target(SVD, keep=0.25)]
 
