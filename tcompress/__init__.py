@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tcompress.workflow.decompression import decompress
     from tcompress.workflow.inspection import inspect
     from tcompress.workflow.plan import Plan, Target, plan_for, read_plan
-    from tcompress.workflow.planning import Settings
+    from tcompress.workflow.settings import Settings
     from tcompress.workflow.verification import verify
 
 __all__ = [

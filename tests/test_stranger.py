@@ -401,7 +401,13 @@ CASES = [
     case("sparse-int4", "odd.safetensors", "--format sparse:density=0.05 --dtype int4", "delta8 int4"),
     case("joint-int4", "groups_folder", "--format joint:ranks=4,3,3 --include fc* --dtype int4", "dense"),
     case("lrs", "large.safetensors", "--format low-rank-sparse:rank=3:density=0.2", "dense", "bitmask"),
-    case("lrs-tt", "layers.safetensors", "--format low-rank-sparse:low_rank=tt:rank=2:rounds=5 --dtype bf16", "dense", "delta8"),
+    case(
+        "lrs-tt",
+        "layers.safetensors",
+        "--format low-rank-sparse:low_rank=tt:rank=2:rounds=5 --dtype bf16",
+        "dense",
+        "delta8",
+    ),
     case(
         "lrs-masking",
         "layers.safetensors",

@@ -221,7 +221,7 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     key = source.get("key")
     if isinstance(key, str) and key.count(".") >= MAX_DEPTH:
         raise InputError(f"its tcompress manifest has a key nested deeper than {MAX_DEPTH}", path=path)
-    entries = {name: _entry(name, entry, path) for name, entry in layers.items()}
+    entries = {name: parse_entry(name, entry, path) for name, entry in layers.items()}
     shared = _shared(document.get("shared", {}), entries, path)
     return Manifest(writer=writer, source=source, tied=tied, rebuild=rebuild, layers=entries, shared=shared)
 
@@ -239,7 +239,8 @@ def _shared(groups: Any, entries: Mapping[str, Entry], path: Path) -> dict[str, 
     return parsed
 
 
-def _entry(name: str, entry: Any, path: Path) -> Entry:
+def parse_entry(name: str, entry: Any, path: Path) -> Entry:
+    """Parse the entry of a layer. Raises InputError when it is none."""
     match entry:
         case {
             "format": str(format_name),

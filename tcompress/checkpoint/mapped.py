@@ -1,4 +1,4 @@
-"""One tensor's bytes, mapped from a file for as long as somebody holds them."""
+"""One tensor's bytes: read from a file of the user's, or mapped from one of our own."""
 
 from __future__ import annotations
 
@@ -13,45 +13,67 @@ import torch
 from tcompress.checkpoint.reader import TensorInfo
 from tcompress.errors import InputError, UnsupportedError
 
-COPIED_BYTES = 1 << 20  # below it reading is cheaper than mapping, and every mapping holds a file descriptor
+_MOST_AT_ONCE = 1 << 30  # bytes that one read of the operating system is asked for; 2 GiB are more than it gives
 
 
-def map_bytes(path: Path, offset: int, nbytes: int) -> memoryview:
-    """Return ``nbytes`` bytes of ``path`` from ``offset``; large ones mapped, and no write reaches the file.
+def read_bytes(path: Path, offset: int, nbytes: int) -> memoryview:
+    """Return a copy of ``nbytes`` bytes of ``path`` from ``offset``.
 
-    A mapping per tensor, not per file: it goes when the tensor goes, so that resident memory stays that of the live
-    tensors and not that of the whole checkpoint. Raises InputError when the file has become shorter or unreadable.
+    Not mapped: where somebody shortens a file, the next look at a mapping of it kills the process. Raises InputError
+    when the file has become shorter or unreadable.
     """
     if nbytes == 0:
         return memoryview(b"")
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < offset + nbytes:
-                raise InputError("was changed while it was read: it is shorter now", path=path)
-            return _copied(file, offset, nbytes) if nbytes < COPIED_BYTES else _mapped(file, offset, nbytes)
+            _require_length(file, offset + nbytes, path)
+            return _copied(file, offset, nbytes)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"its data can no longer be read ({reason}); was the file changed?", path=path) from error
+        raise _unreadable(path, error) from error
 
 
-def _mapped(file: BinaryIO, offset: int, nbytes: int) -> memoryview:
+def map_bytes(path: Path, offset: int, nbytes: int) -> memoryview:
+    """Return ``nbytes`` bytes of a file that this process wrote, mapped, and no write reaches the file.
+
+    A mapping per tensor, not per file: it goes when the tensor goes, so that resident memory stays that of the live
+    tensors. Raises InputError as ``read_bytes`` does.
+    """
+    if nbytes == 0:
+        return memoryview(b"")
     start = offset % mmap.ALLOCATIONGRANULARITY
     try:
-        # A private copy: PyTorch wants writable memory, and the file must not change.
-        mapped = mmap.mmap(file.fileno(), start + nbytes, access=mmap.ACCESS_COPY, offset=offset - start)
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise
-        return _copied(file, offset, nbytes)  # the caller keeps very many tensors
-    return memoryview(mapped)[start : start + nbytes]
+        with path.open("rb") as file:
+            _require_length(file, offset + nbytes, path)
+            try:
+                # A private copy: PyTorch wants writable memory, and the file must not change.
+                mapped = mmap.mmap(file.fileno(), start + nbytes, access=mmap.ACCESS_COPY, offset=offset - start)
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                return _copied(file, offset, nbytes)  # the caller keeps very many tensors
+            return memoryview(mapped)[start : start + nbytes]
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _require_length(file: BinaryIO, length: int, path: Path) -> None:
+    if os.fstat(file.fileno()).st_size < length:
+        raise InputError("was changed while it was read: it is shorter now", path=path)
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"its data can no longer be read ({reason}); was the file changed?", path=path)
 
 
 def _copied(file: BinaryIO, offset: int, nbytes: int) -> memoryview:
-    buffer = bytearray(nbytes)
+    buffer: memoryview = torch.empty(nbytes, dtype=torch.uint8).numpy().data  # not filled with zeros first
     file.seek(offset)
-    if file.readinto(buffer) != nbytes:  # type: ignore[attr-defined]  # every binary file has it
-        raise OSError(errno.EIO, "short read")
-    return memoryview(buffer)
+    for start in range(0, nbytes, _MOST_AT_ONCE):
+        part = buffer[start : start + _MOST_AT_ONCE]
+        if file.readinto(part) != len(part):  # type: ignore[attr-defined]  # every binary file has it
+            raise OSError(errno.EIO, "short read")
+    return buffer
 
 
 def tensor_of(raw: memoryview, info: TensorInfo, path: Path) -> torch.Tensor:

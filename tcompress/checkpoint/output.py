@@ -1,23 +1,26 @@
 """A result appears under its name when it is complete, and not before.
 
 Everything is written in a workspace beside the output, on the same disk; the last step is one rename. Whatever happens
-before it, the workspace goes and the old state stays.
+before it, the old state stays. The workspace goes too, unless a run was stopped that can go on from what lies in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tcompress.errors import OutputError
+from tcompress.checkpoint.journal import JOURNAL, SPOOL
+from tcompress.checkpoint.lock import lock
+from tcompress.errors import OutputError, Stopped
 
 _CHECKPOINT_MARKS = ("*.safetensors", "*.index.json", "tcompress.json", "pytorch_model*.bin")
+_LOCK, _REPLACED = "lock", "replaced"
+_KEPT = {JOURNAL, SPOOL, _LOCK}  # of a stopped run
 
 
 class Output:
@@ -25,34 +28,67 @@ class Output:
 
     force: replace what is there. inputs: files and folders that must never be replaced.
 
-    ``workspace`` is a folder for work in progress, ``draft`` the file or folder that ``commit`` gives its name.
-    Raises OutputError when the output exists, cannot be written, or an OSError passes through the context.
+    ``workspace`` is a folder for work in progress, ``draft`` the file or folder that ``commit`` gives its name. Where
+    ``is_worth_keeping`` says so a signal leaves the workspace's journal for the next run.
+    Raises OutputError when the output exists, cannot be written, or an OSError passes through the context, LockedError
+    while another run writes the same output.
     """
 
     def __init__(self, path: Path, *, is_folder: bool, force: bool, inputs: Iterable[Path]) -> None:
         self.path = path
         self.is_folder = is_folder
+        self.is_worth_keeping: Callable[[], bool] = lambda: False
         self._force = force
         self._inputs = [source.resolve() for source in inputs]
-        self.workspace = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        self.draft = self.workspace / path.name
+        self.workspace = path.parent / f".{path.name}.partial"
+        self.draft = self.workspace / f"draft{path.suffix}"
+        self._lock = -1
 
     def __enter__(self) -> Self:
         self.check()
         try:
-            self.workspace.mkdir()
+            self.workspace.mkdir(exist_ok=True)
+            self._lock = lock(self.workspace / _LOCK, self.path)
+            self._sweep()
             if self.is_folder:
                 self.draft.mkdir()
-        except OSError as error:
-            raise self._failed(error) from error
+        except BaseException as error:
+            self._leave(keep=False)
+            if isinstance(error, OSError):
+                raise self._failed(error) from error
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.workspace, ignore_errors=True)
+        stopped = isinstance(error, KeyboardInterrupt | Stopped) and self.is_worth_keeping()
+        if stopped and error is not None:
+            error.add_note(f"the same command goes on with what is finished; or delete {self.workspace}")
+        self._leave(keep=stopped)
         if isinstance(error, OSError):
             raise self._failed(error) from error
+
+    def _sweep(self) -> None:
+        """Take away what a killed run left half-written, and put back what it was about to replace."""
+        aside = self.workspace / _REPLACED
+        if aside.exists() and not os.path.lexists(self.path):
+            aside.rename(self.path)
+            self.check()
+        for path in self.workspace.iterdir():
+            if path.name not in _KEPT:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _leave(self, *, keep: bool) -> None:
+        if self._lock < 0:
+            return
+        if keep:
+            with contextlib.suppress(OSError):
+                self._sweep()
+        else:
+            shutil.rmtree(self.workspace, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = -1
 
     def check(self) -> None:
         """Raise OutputError when the output could not be put in its place; nothing is written."""
@@ -86,7 +122,7 @@ class Output:
                 _sync(file)
             _sync(self.draft)
         if self.is_folder and self.path.exists():
-            self._swap(self.workspace / "replaced")
+            self._swap(self.workspace / _REPLACED)
         else:
             self.draft.replace(self.path)
         _sync(self.path.parent)

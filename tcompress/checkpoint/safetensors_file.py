@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tcompress.checkpoint.dtypes import BY_CODE
-from tcompress.checkpoint.mapped import map_bytes, tensor_of
+from tcompress.checkpoint.mapped import map_bytes, read_bytes, tensor_of
+from tcompress.checkpoint.memory import require_bytes
 from tcompress.checkpoint.reader import Checkpoint, TensorInfo
 from tcompress.errors import InputError, SafetyError, UnsupportedError
 
@@ -25,11 +26,13 @@ MAX_JSON_VALUES = 3_000_000  # about 400,000 tensors; parsed, JSON takes up to t
 class SafetensorsFile(Checkpoint):
     """One .safetensors file.
 
-    ``header`` holds the raw first bytes of the file, length field included, for those who check them.
+    own: nobody but this process writes the file, so that it can be mapped. ``header`` holds the raw first bytes of the
+    file, length field included, for those who check them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, own: bool = False) -> None:
         self.path = path
+        self._own = own
         self.files = (path,)
         self.tied = {}
         self.other_values = ()
@@ -44,7 +47,10 @@ class SafetensorsFile(Checkpoint):
         return tensor_of(self.raw(name), self.infos[name], self.path)
 
     def raw(self, name: str) -> memoryview:
-        return map_bytes(self.path, len(self.header) + self._offsets[name], self.infos[name].nbytes)
+        info = self.infos[name]
+        require_bytes(info.nbytes, path=self.path, tensor=name)
+        fetch = map_bytes if self._own else read_bytes
+        return fetch(self.path, len(self.header) + self._offsets[name], info.nbytes)
 
     def close(self) -> None:
         """Nothing is held open between reads."""

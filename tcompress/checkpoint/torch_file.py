@@ -19,7 +19,8 @@ from typing import BinaryIO
 import torch
 
 from tcompress.checkpoint.dtypes import BY_TORCH
-from tcompress.checkpoint.mapped import map_bytes
+from tcompress.checkpoint.mapped import read_bytes
+from tcompress.checkpoint.memory import require_bytes
 from tcompress.checkpoint.reader import Checkpoint, TensorInfo
 from tcompress.checkpoint.state_dict import choose_tensors
 from tcompress.checkpoint.zip_check import SAVE_AGAIN, Record, check_pickles, read_zip, skeleton
@@ -76,17 +77,15 @@ class TorchFile(Checkpoint):
         _check_total(self.infos, self.tied, file_bytes, path)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor with the strides it was saved with, on a mapping of its own bytes alone."""
+        """Return one tensor with the strides it was saved with, on a copy of its own bytes alone."""
         info = self.infos[name]
         if name in self._held:
             return self._held[name]
         view = self._views[name]
         if info.values == 0:
             return torch.empty_strided(view.shape, view.stride, dtype=view.dtype)
-        buffer: memoryview | bytearray = map_bytes(self.path, view.offset, view.span_bytes)
-        if view.offset % view.dtype.itemsize:
-            # Elements that do not start at a multiple of their size exist after repacking; vector code may not like it.
-            buffer = bytearray(buffer)
+        require_bytes(view.span_bytes, path=self.path, tensor=name)
+        buffer = read_bytes(self.path, view.offset, view.span_bytes)
         return torch.frombuffer(buffer, dtype=view.dtype).as_strided(view.shape, view.stride)
 
     def raw(self, name: str) -> memoryview:

@@ -12,16 +12,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
-import torch
 from xxhash import xxh3_128
 
-from tcompress.checkpoint.dtypes import BY_TORCH, DType
+from tcompress.checkpoint.dtypes import DType
 from tcompress.checkpoint.integrity import BLANK, DIGEST_BYTES, header_digest, pack_digests
 from tcompress.checkpoint.manifest import METADATA_KEY, Manifest, compact_json
-from tcompress.checkpoint.mapped import bytes_of, map_bytes
 from tcompress.checkpoint.safetensors_file import MAX_HEADER_BYTES
 from tcompress.errors import OutputError
 
@@ -45,36 +42,6 @@ class Piece:
     def nbytes(self) -> int:
         """Bytes of the data."""
         return (math.prod(self.shape) * self.dtype.bits + 7) // 8
-
-
-class Spool:
-    """Finished tensors on disk, waiting for their place in a file whose header is not known yet."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: BinaryIO = path.open("wb")
-        self._end = 0
-
-    def put(self, name: str, tensor: torch.Tensor, group: str) -> Piece:
-        """Write a CPU tensor to disk and return the piece that reads it back."""
-        start, content = self._end, bytes_of(tensor)
-        self._file.write(content)
-        self._end += len(content)
-        nbytes = len(content)
-        return Piece(name, BY_TORCH[tensor.dtype], tuple(tensor.shape), group, lambda: self._read(start, nbytes))
-
-    def _read(self, start: int, nbytes: int) -> memoryview:
-        self._file.flush()
-        return map_bytes(self._path, start, nbytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
 
 
 def in_shards(pieces: Sequence[Piece], max_shard_bytes: int) -> list[list[Piece]]:

@@ -14,11 +14,13 @@ from tcompress.cli.options import (
     Json,
     Keep,
     Key,
+    MaxMemory,
     Model,
     Rank,
     Seed,
     Threads,
     Tolerance,
+    parse_size,
     pick_device,
     pick_dtype,
     set_threads,
@@ -65,6 +67,7 @@ def analyze(
     allow_nonfinite: AllowNonfinite = False,
     device: Device = "auto",
     threads: Threads = None,
+    max_memory: MaxMemory = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -72,6 +75,7 @@ def analyze(
 
     Example: tcompress analyze model.safetensors --format svd --rank 8
     """
+    from tcompress.checkpoint.memory import limited
     from tcompress.checkpoint.opening import open_checkpoint
     from tcompress.cli.choices import choices, quick_formats
     from tcompress.cli.console import progress_bar, show
@@ -79,8 +83,8 @@ def analyze(
     from tcompress.report.documents import analysis_document
     from tcompress.report.writing import check_plots
     from tcompress.workflow import analysis
-    from tcompress.workflow.planning import Settings
     from tcompress.workflow.removal import low_rank_of, removals
+    from tcompress.workflow.settings import Settings
 
     asked = None
     if formats or rank is not None or keep is not None or tolerance is not None:
@@ -88,9 +92,10 @@ def analyze(
         asked = choices(names, rank=rank, keep=keep, tolerance=tolerance, seed=seed)
     settings = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite)
     set_threads(threads)
+    memory = parse_size(max_memory, "--max-memory")
     if plots is not None:
         check_plots(plots)
-    with open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
+    with limited(memory), open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
         found = analysis.analyze(
             checkpoint, asked, layers=layers or (), structure=structure, settings=settings, progress=progress
         )

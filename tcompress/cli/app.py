@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from tcompress.cli import analyze, compress, decompress, formats, inspect, verify
-from tcompress.errors import TcompressError, printable
+from tcompress.errors import Stopped, TcompressError, printable
 from tcompress.version import __version__
 
 INTERNAL_ERROR, OUT_OF_MEMORY, SYSTEM_ERROR, INTERRUPTED, TERMINATED, BROKEN_PIPE = 1, 5, 7, 130, 143, 141
@@ -25,7 +25,7 @@ app = typer.Typer(
     name="tcompress",
     help="Make released neural networks smaller without their training code.",
     epilog="Exit codes: 0 done, 2 usage, 3 a limit exceeded, 4 bad input, 5 too much memory, 6 NaN or Inf, "
-    "7 output, 8 verify found a difference, 130 and 143 interrupted.",
+    "7 output, 8 verify found a difference, 75 another run has the output, 130 and 143 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -72,9 +72,9 @@ def run(arguments: Sequence[str]) -> int:
         code = app(list(arguments), prog_name="tcompress", standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - the boundary: a person gets a line, not a traceback
-        return _stopped() if _stopped_by else _answer(error)
+        return _stopped(error) if _stopped_by else _answer(error)
     if _stopped_by:
-        return _stopped()
+        return _stopped(None)
     return code if isinstance(code, int) else 0
 
 
@@ -100,14 +100,19 @@ def _answer(error: BaseException) -> int:
 def _stop(number: int, frame: FrameType | None) -> None:
     del frame
     _stopped_by.append(number)
-    raise KeyboardInterrupt
+    raise Stopped
 
 
-def _stopped() -> int:
+def _stopped(error: BaseException | None) -> int:
     """Answer a signal, whatever exception it has become on its way: an import may turn it into any other."""
+    said: list[str] = []
+    while error is not None:
+        said += getattr(error, "__notes__", ())
+        error = error.__cause__ or error.__context__
+    left = "; ".join(said) or "nothing was written"
     if _stopped_by[0] == signal.SIGTERM:
-        return _failed("terminated; nothing was left behind", TERMINATED)
-    return _failed("interrupted; nothing was left behind", INTERRUPTED)
+        return _failed(f"terminated; {left}", TERMINATED)
+    return _failed(f"interrupted; {left}", INTERRUPTED)
 
 
 def _usage(problem: Any) -> int:

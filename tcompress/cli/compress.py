@@ -15,6 +15,7 @@ from tcompress.cli.options import (
     Json,
     Keep,
     Key,
+    MaxMemory,
     MaxShardSize,
     Model,
     Rank,
@@ -56,7 +57,7 @@ SavePlan = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the exact bytes, write no checkpoint.")]
 OneThreshold = Annotated[
-    bool, typer.Option("--global", help="sparse: one threshold over all layers; the budget is that of all together.")
+    bool, typer.Option("--global", help="sparse, lrs: one threshold over all layers; the budget is that of all.")
 ]
 Report = Annotated[
     Path | None, typer.Option(help="Write a report, by its suffix JSON or Markdown.", metavar="FILE.json|.md")
@@ -98,6 +99,7 @@ def compress(
     allow_nonfinite: AllowNonfinite = False,
     device: Device = "auto",
     threads: Threads = None,
+    max_memory: MaxMemory = None,
     seed: Seed = 0,
     force: Force = False,
     as_json: Json = False,
@@ -106,6 +108,7 @@ def compress(
 
     Example: tcompress compress model.safetensors --format svd --keep 0.5 -o small.safetensors
     """
+    from tcompress.checkpoint.memory import limited
     from tcompress.checkpoint.opening import open_checkpoint
     from tcompress.cli.console import progress_bar, show
     from tcompress.cli.names import default_output
@@ -113,7 +116,7 @@ def compress(
     from tcompress.report.tables import compression_view
     from tcompress.report.writing import PLAN_SUFFIXES, REPORT_SUFFIXES, check_path, write_plan, write_report
     from tcompress.workflow import compression
-    from tcompress.workflow.planning import Settings
+    from tcompress.workflow.settings import Settings
 
     plan = _plan(
         plan_file, format_name, include, exclude, one_threshold, rank=rank, keep=keep, tolerance=tolerance, seed=seed
@@ -123,7 +126,8 @@ def compress(
     check_path(report, REPORT_SUFFIXES)
     check_path(save_plan, PLAN_SUFFIXES)
     set_threads(threads)
-    with open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
+    memory = parse_size(max_memory, "--max-memory")
+    with limited(memory), open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
         if dry_run:
             result = compression.dry_run(
                 checkpoint, plan, settings=settings, max_shard_bytes=shard_bytes, progress=progress

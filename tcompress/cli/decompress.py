@@ -11,6 +11,7 @@ from tcompress.cli.options import (
     Device,
     Force,
     Json,
+    MaxMemory,
     MaxShardSize,
     Model,
     Threads,
@@ -36,6 +37,7 @@ def decompress(
     max_shard_size: MaxShardSize = None,
     device: Device = "auto",
     threads: Threads = None,
+    max_memory: MaxMemory = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -43,6 +45,7 @@ def decompress(
 
     Example: tcompress decompress small.safetensors -o dense.safetensors
     """
+    from tcompress.checkpoint.memory import limited
     from tcompress.checkpoint.opening import open_checkpoint
     from tcompress.cli.console import progress_bar, show
     from tcompress.cli.names import default_output
@@ -52,7 +55,8 @@ def decompress(
 
     shard_bytes, chosen = parse_size(max_shard_size, "--max-shard-size"), pick_device(device)
     set_threads(threads)
-    with open_checkpoint(model) as checkpoint, progress_bar() as progress:
+    memory = parse_size(max_memory, "--max-memory")
+    with limited(memory), open_checkpoint(model) as checkpoint, progress_bar() as progress:
         result = decompression.decompress(
             checkpoint,
             out=out or default_output(model, "dense"),

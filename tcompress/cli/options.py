@@ -63,6 +63,12 @@ AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Leave layers that hold NaN or Inf dense instead of stopping.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of a table.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Refuse layers that need more memory than this, as 8GB; default: what the machine has.", metavar="SIZE"
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 MaxShardSize = Annotated[
     str | None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tcompress.cli.options import Device, Json, Key, Model, Threads, pick_device, set_threads
+from tcompress.cli.options import Device, Json, Key, MaxMemory, Model, Threads, parse_size, pick_device, set_threads
 from tcompress.errors import VerifyError
 
 Against = Annotated[
@@ -21,12 +21,14 @@ def verify(
     key: Key = None,
     device: Device = "auto",
     threads: Threads = None,
+    max_memory: MaxMemory = None,
     as_json: Json = False,
 ) -> None:
     """Check a compressed checkpoint: every byte, the manifest, and the errors that it reports.
 
     Example: tcompress verify small.safetensors --against model.safetensors
     """
+    from tcompress.checkpoint.memory import limited
     from tcompress.checkpoint.opening import open_checkpoint
     from tcompress.cli.console import progress_bar, show
     from tcompress.report.documents import verification_document
@@ -35,8 +37,9 @@ def verify(
 
     chosen = pick_device(device)
     set_threads(threads)
-    original = None if against is None else open_checkpoint(against, key=key)
-    with open_checkpoint(model) as checkpoint, progress_bar() as progress:
+    memory = parse_size(max_memory, "--max-memory")
+    with limited(memory), open_checkpoint(model) as checkpoint, progress_bar() as progress:
+        original = None if against is None else open_checkpoint(against, key=key)
         result = verification.verify(checkpoint, against=original, device=chosen, progress=progress)
     document = verification_document(result)
     show(document, verification_view(document), as_json=as_json)

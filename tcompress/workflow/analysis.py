@@ -17,13 +17,15 @@ from tcompress.errors import NumericalError, UsageError
 from tcompress.formats import FORMATS, Format
 from tcompress.formats.inner import INNER
 from tcompress.linalg.permutation import shuffled
+from tcompress.workflow.checking import check_choices, require_working_memory
 from tcompress.workflow.fitting import Fitted, fit_several
 from tcompress.workflow.grouping import find_groups, find_shared, fit_shared, is_joint
 from tcompress.workflow.layout import added_header_bytes
 from tcompress.workflow.plan import Target
-from tcompress.workflow.planning import Settings, break_even, check_choices, find_setting
+from tcompress.workflow.planning import break_even, find_setting
 from tcompress.workflow.progress import Progress, silent, steps
 from tcompress.workflow.results import Analysis, AnalysisRow, Winner
+from tcompress.workflow.settings import Settings
 from tcompress.workflow.survey import facts_of
 
 USUAL_BUDGETS = (0.5, 0.25, 0.1)
@@ -66,6 +68,7 @@ def analyze(
         known = ", ".join(layer.name for layer in found[:5]) or "none"
         raise UsageError(f"no layer matches {', '.join(layers) or '*'}; there are {known}", path=checkpoint.path)
     check_choices([(layer, choice) for layer in chosen for choice in choices], settings)
+    require_working_memory(checkpoint, chosen)
     joint = _joint_rows(checkpoint, chosen, [choice for choice in choices if is_joint(choice)], settings)
     rows: list[AnalysisRow] = []
     limits: dict[str, dict[str, Format | None]] = {}

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from tcompress.checkpoint import shards
 from tcompress.checkpoint.companions import copy_companions
-from tcompress.checkpoint.layers import find_layers
-from tcompress.checkpoint.manifest import Entry, Manifest, is_compressed, shared_stem
+from tcompress.checkpoint.journal import Journal
+from tcompress.checkpoint.layers import Layer, find_layers
+from tcompress.checkpoint.manifest import Manifest, is_compressed, shared_stem
 from tcompress.checkpoint.opening import SAFETENSORS_SUFFIX
 from tcompress.checkpoint.output import Output
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.shards import Contents, Layout
-from tcompress.checkpoint.writer import Piece, Spool
-from tcompress.errors import FormatError, NumericalError, UsageError
+from tcompress.checkpoint.unchanged import Witness
+from tcompress.checkpoint.writer import Piece
+from tcompress.errors import UsageError
+from tcompress.formats import Format, from_dict, to_dict
 from tcompress.version import __version__
-from tcompress.workflow.fitting import StoredFactor, fit
-from tcompress.workflow.grouping import Shared, fit_shared
-from tcompress.workflow.layout import described, entry_of, is_exact, pieces_of, stored_name
+from tcompress.workflow.checking import check_plan
+from tcompress.workflow.layout import described, entry_of, is_exact, pieces_of
+from tcompress.workflow.packing import Packed, fit_all
 from tcompress.workflow.plan import Plan
-from tcompress.workflow.planning import Decision, Settings, decide, resolved
-from tcompress.workflow.progress import Progress, silent, steps
+from tcompress.workflow.planning import Decision, decide, resolved
+from tcompress.workflow.progress import Progress, silent
 from tcompress.workflow.results import CompressionResult, LayerResult, Stored, describe, measure
+from tcompress.workflow.settings import Settings
 
 STEM = "model.tcompress"  # not the usual name: a loader that does not know factors must find no weights at all
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A compressed layer as it goes into the file: its description and its tensors, with data or still without."""
-
-    entry: Entry
-    rebuild: str
-    pieces: Sequence[Piece]
 
 
 def compress(
@@ -53,9 +50,13 @@ def compress(
 
     max_shard_bytes: of the output's shards; None takes the size of the input's largest.
 
+    A run that is stopped by a signal, or killed, leaves what it finished beside ``out``; the same call goes on from
+    there and writes the same bytes.
+
     Everything that can be known is checked before the work starts. Raises UsageError for plans that cannot be carried
     out and for a file without the suffix of safetensors, NumericalError for NaN or Inf in the weights, OutputError when
-    ``out`` exists or cannot be written.
+    ``out`` exists or cannot be written, LockedError while another run writes it, InputError when the checkpoint changes
+    on the way.
     """
     started = time.perf_counter()
     settings = settings or Settings()
@@ -66,18 +67,66 @@ def compress(
     output = Output(out, is_folder=checkpoint.folder is not None, force=force, inputs=_inputs(checkpoint))
     output.check()
     layout = _layout(checkpoint, max_shard_bytes)
-    source, decisions = _prepare(checkpoint, plan, settings, progress)
-    with output:
+    _require_dense(checkpoint)
+    check_plan(checkpoint, find_layers(checkpoint), plan, settings)
+    witness = Witness.of(checkpoint.files)
+    source = describe(checkpoint)
+    with output, Journal(output.workspace, _run(checkpoint, plan, settings, source)) as journal:
+        output.is_worth_keeping = lambda: len(journal) > 0
+        decisions = _decided(checkpoint, plan, settings, progress, journal)
         output.require_space(2 * shards.planned_bytes(_planned(checkpoint, decisions, settings, source), layout))
-        with Spool(output.workspace / "spool") as spool:
-            packed, results = _fit_all(checkpoint, decisions, settings, spool, progress)
-            shards.write(output.draft, _contents(checkpoint, packed, decisions, source), layout)
+        packed, results = fit_all(checkpoint, decisions, settings, journal, progress, witness.require_unchanged)
+        shards.write(output.draft, _contents(checkpoint, packed, decisions, source), layout)
         left_out = []
         if checkpoint.folder is not None:
             left_out = copy_companions(checkpoint.folder, output.draft, without=(out, *checkpoint.files))
+        witness.require_unchanged(lambda: describe(checkpoint).sha256 == source.sha256)
         output.commit()
     written = measure(out, checkpoint.folder is not None)
-    return _result(checkpoint, source, decisions, results, written, left_out, started)
+    notes = [*_story(journal), *(_not_copied(name) for name in left_out)]
+    return _result(checkpoint, source, decisions, results, written, notes, started)
+
+
+def _run(checkpoint: Checkpoint, plan: Plan, settings: Settings, source: Stored) -> dict[str, Any]:
+    """Return what two runs must have in common to write the same bytes, the layout aside."""
+    return {
+        "tcompress": __version__,
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "source": source.sha256,
+        "key": checkpoint.key,
+        "plan": plan.to_json(),
+        "store": str(settings.store),
+        "device": str(settings.device),
+        "allow_nonfinite": settings.allow_nonfinite,
+    }
+
+
+def _decided(
+    checkpoint: Checkpoint, plan: Plan, settings: Settings, progress: Progress, journal: Journal
+) -> list[Decision]:
+    """Decide about every layer; a setting that had to be searched for is written down as well."""
+
+    def recall(layer: Layer, find: Callable[[], Format | str]) -> Format | str:
+        key = f"setting {layer.name}"
+        if key not in journal:
+            found = find()
+            journal.put(key, {"reason": found} if isinstance(found, str) else {"setting": to_dict(found)})
+        known = journal[key].found
+        return str(known["reason"]) if "reason" in known else from_dict(known["setting"])
+
+    return decide(checkpoint, find_layers(checkpoint), plan, settings, progress=progress, recall=recall)
+
+
+def _story(journal: Journal) -> list[str]:
+    if journal.restarted:
+        return ["what an unfinished run with other settings had left was thrown away"]
+    return [f"went on from {journal.resumed} finished steps of a run that was stopped"] if journal.resumed else []
+
+
+def _not_copied(name: str) -> str:
+    return f"{name} was not copied: it holds weights, or lies outside the folder"
 
 
 def dry_run(
@@ -94,7 +143,9 @@ def dry_run(
     """
     started = time.perf_counter()
     settings = settings or Settings()
-    source, decisions = _prepare(checkpoint, plan, settings, progress)
+    _require_dense(checkpoint)
+    decisions = decide(checkpoint, find_layers(checkpoint), plan, settings, progress=progress)
+    source = describe(checkpoint)
     planned = _planned(checkpoint, decisions, settings, source)
     nbytes = shards.planned_bytes(planned, _layout(checkpoint, max_shard_bytes))
     results = [
@@ -112,13 +163,9 @@ def _is_exact(decision: Decision, settings: Settings) -> bool:
     return decision.format.exact_bytes and all(is_exact(spec, decision.nonzeros) for spec in specs.values())
 
 
-def _prepare(
-    checkpoint: Checkpoint, plan: Plan, settings: Settings, progress: Progress
-) -> tuple[Stored, list[Decision]]:
+def _require_dense(checkpoint: Checkpoint) -> None:
     if is_compressed(checkpoint):
         raise UsageError("is compressed already; decompress it first", path=checkpoint.path)
-    decisions = decide(checkpoint, find_layers(checkpoint), plan, settings, progress=progress)
-    return describe(checkpoint), decisions
 
 
 def refuse_shards(checkpoint: Checkpoint, max_shard_bytes: int | None) -> None:
@@ -137,85 +184,6 @@ def _layout(checkpoint: Checkpoint, max_shard_bytes: int | None) -> Layout:
         return Layout(None)
     largest = max(path.stat().st_size for path in checkpoint.files) if checkpoint.sharded else None
     return Layout(STEM, max_shard_bytes or largest, indexed=checkpoint.sharded)
-
-
-def _fit_all(
-    checkpoint: Checkpoint, decisions: Sequence[Decision], settings: Settings, spool: Spool, progress: Progress
-) -> tuple[dict[str, Packed], list[LayerResult]]:
-    """Fit layer by layer; finished factors go to the spool at once, and nothing else of them is kept."""
-    decided = {decision.layer.name: decision for decision in decisions}
-    chosen = (decision.layer for decision in decisions if decision.format is not None)
-    packed: dict[str, Packed] = {}
-    fitted: dict[str, LayerResult] = {}
-    for layer in steps("compressing", chosen, progress):
-        setting, notes = decided[layer.name].format, decided[layer.name].notes
-        shared = decided[layer.name].shared
-        assert setting is not None  # noqa: S101
-        if shared is not None:
-            if layer == shared.layers[0]:
-                _fit_shared(checkpoint, shared, settings, spool, packed, fitted)
-            continue
-        try:
-            found = fit(checkpoint.read(layer.name), setting, store=settings.stored_type(layer), device=settings.device)
-        except (NumericalError, FormatError) as error:
-            # A layer that cannot be factorised is no reason to lose the others: it stays as it was, and says why.
-            fitted[layer.name] = LayerResult(layer, None, layer.dense_bytes, None, 0.0, error.reason)
-            continue
-        entry = entry_of(layer, setting, found.specs(), norm=found.norm, relative_error=found.relative_error)
-        packed[layer.name] = Packed(entry, setting.rebuild, _spooled(layer.name, found.stored, spool, layer.name))
-        fitted[layer.name] = LayerResult(
-            layer, setting, found.stored_bytes, found.relative_error, found.seconds, notes=notes
-        )
-        del found
-    dense = {
-        d.layer.name: LayerResult(d.layer, None, d.layer.dense_bytes, None, 0.0, d.reason)
-        for d in decisions
-        if d.format is None
-    }
-    results = {**dense, **fitted}
-    return packed, [results[decision.layer.name] for decision in decisions]
-
-
-def _fit_shared(
-    checkpoint: Checkpoint,
-    shared: Shared,
-    settings: Settings,
-    spool: Spool,
-    packed: dict[str, Packed],
-    fitted: dict[str, LayerResult],
-) -> None:
-    """Fit a group; its shared factors go with the first member, and all members into one shard."""
-    stem, setting = shared_stem(shared.name), shared.setting
-    store = settings.stored_type(shared.layers[0])
-    try:
-        factors, found = fit_shared(checkpoint, shared, store, settings.device)
-    except (NumericalError, FormatError) as error:
-        for layer in shared.layers:
-            fitted[layer.name] = LayerResult(layer, None, layer.dense_bytes, None, 0.0, error.reason)
-        return
-    for layer, each in zip(shared.layers, found, strict=True):
-        figures = {"norm": each.norm, "relative_error": each.relative_error}
-        entry = entry_of(layer, setting, shared.own, group=shared.name, **figures)
-        pieces = _spooled(layer.name, each.stored, spool, stem)
-        if layer == shared.layers[0]:
-            pieces = [*_spooled(stem, factors, spool, stem), *pieces]
-        packed[layer.name] = Packed(entry, setting.rebuild, pieces)
-        fitted[layer.name] = LayerResult(
-            layer,
-            setting,
-            shared.bytes_of(layer),
-            each.relative_error,
-            each.seconds,
-            notes=setting.notes(layer.shape),
-        )
-
-
-def _spooled(stem: str, factors: Mapping[str, StoredFactor], spool: Spool, together: str) -> list[Piece]:
-    return [
-        spool.put(stored_name(stem, name, part), tensor, together)
-        for name, factor in factors.items()
-        for part, tensor in factor.parts.items()
-    ]
 
 
 def _planned(checkpoint: Checkpoint, decisions: Sequence[Decision], settings: Settings, source: Stored) -> Contents:
@@ -273,10 +241,9 @@ def _result(
     decisions: Sequence[Decision],
     results: Sequence[LayerResult],
     output: Stored | int,
-    left_out: Sequence[str],
+    notes: Sequence[str],
     started: float,
 ) -> CompressionResult:
-    notes = [f"{name} was not copied: it holds weights, or lies outside the folder" for name in left_out]
     return CompressionResult(
         source=source,
         output=output if isinstance(output, Stored) else None,

@@ -12,12 +12,14 @@ from tcompress.checkpoint import shards
 from tcompress.checkpoint.companions import copy_companions
 from tcompress.checkpoint.manifest import METADATA_KEY
 from tcompress.checkpoint.mapped import bytes_of
+from tcompress.checkpoint.memory import require_memory
 from tcompress.checkpoint.opening import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
 from tcompress.checkpoint.output import Output
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.safetensors_file import SafetensorsFile
 from tcompress.checkpoint.shards import Contents, Layout
 from tcompress.checkpoint.torch_writer import write_torch
+from tcompress.checkpoint.unchanged import Witness
 from tcompress.checkpoint.writer import Piece
 from tcompress.errors import UsageError
 from tcompress.workflow.compression import refuse_shards
@@ -50,6 +52,9 @@ def decompress(
     output = Output(
         out, is_folder=is_folder, force=force, inputs=[*checkpoint.files, *filter(None, [checkpoint.folder])]
     )
+    for name, entry in dense.manifest.layers.items():
+        require_memory(entry.shape, dense.infos[name].dtype.torch or torch.float64, path=checkpoint.path, tensor=name)
+    witness = Witness.of(checkpoint.files)
     with output:
         contents = _contents(dense, device or torch.device("cpu"), ties_apart=not is_torch, progress=progress)
         needed = sum(piece.nbytes for piece in contents.pieces)
@@ -60,6 +65,7 @@ def decompress(
             shards.write(output.draft, contents, _layout(dense, max_shard_bytes))
         if checkpoint.folder is not None:
             copy_companions(checkpoint.folder, output.draft, without=(out, *checkpoint.files))
+        witness.require_unchanged()
         output.commit()
     return DecompressionResult(
         source=describe(checkpoint),
@@ -119,7 +125,7 @@ def _write_torch(output: Output, contents: Contents, dense: CompressedView) -> N
     key = dense.manifest.source.get("key")
     write_torch(
         output.draft,
-        SafetensorsFile(staged),
+        SafetensorsFile(staged, own=True),
         names=dense.infos,
         tied=dense.manifest.tied,
         key=key if isinstance(key, str) else None,

@@ -11,18 +11,20 @@ from torch import Tensor
 
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.reader import Checkpoint
-from tcompress.errors import FormatError, NumericalError, UsageError, printable
+from tcompress.errors import NumericalError
 from tcompress.formats import Format
+from tcompress.workflow.checking import check_plan
 from tcompress.workflow.fitting import fit, working_copy
 from tcompress.workflow.global_threshold import share_threshold
 from tcompress.workflow.grouping import Shared, find_groups, find_shared, is_joint
 from tcompress.workflow.layout import planned_bytes
-from tcompress.workflow.plan import Plan, Rule, Target, check_matches, exactly
+from tcompress.workflow.plan import Plan, Rule, Target, exactly
 from tcompress.workflow.progress import Progress, silent, steps
+from tcompress.workflow.settings import Settings
 from tcompress.workflow.survey import Facts, survey
 
-CPU = torch.device("cpu")
-_NAMES_SHOWN = 3  # of layers with one problem
+Search = Callable[[], Format | str]
+Recall = Callable[[Layer, Search], Format | str]
 _ATTEMPTS = 8  # at a tolerance, against the rounding of the stored factors; two or three do
 
 
@@ -50,34 +52,30 @@ class Decision:
         return Rule(exactly(self.layer.name), self.format, comments={**comments, **why, **notes}, together=together)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How layers are computed and stored: ``store`` None keeps each layer's own type."""
-
-    store: torch.dtype | None = None
-    device: torch.device = CPU
-    allow_nonfinite: bool = False
-
-    def stored_type(self, layer: Layer) -> torch.dtype:
-        """Return the type in which the layer's factors are stored."""
-        own = layer.dtype.torch
-        assert own is not None, "layers are of floating types"  # noqa: S101
-        return self.store or own
+def _always_search(layer: Layer, search: Search) -> Format | str:
+    del layer
+    return search()
 
 
 def decide(
-    checkpoint: Checkpoint, layers: Sequence[Layer], plan: Plan, settings: Settings, *, progress: Progress = silent
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    plan: Plan,
+    settings: Settings,
+    *,
+    progress: Progress = silent,
+    recall: Recall = _always_search,
 ) -> list[Decision]:
     """Return the decision for every layer, in their order.
 
-    Raises UsageError when the plan speaks of layers that are not there, or asks for what their shapes do not allow:
-    it lists every such layer. Raises NumericalError for NaN and Inf in layers that the plan wants compressed (unless
+    recall: given a layer and the search for its setting, returns what the search would find.
+
+    Raises as ``check_plan`` does, and NumericalError for NaN and Inf in layers that the plan wants compressed (unless
     they may stay dense).
     """
-    check_matches(plan, layers)
+    check_plan(checkpoint, layers, plan, settings)
     rules = {layer.name: plan.rule_for(layer.name) for layer in layers}
     wanted = [layer for layer in layers if (rule := rules[layer.name]) is not None and rule.format is not None]
-    check_choices([(layer, rule.format) for layer in wanted if (rule := rules[layer.name]) is not None], settings)
     facts = survey(checkpoint, wanted, progress=progress)
     _refuse_nonfinite(checkpoint, wanted, facts, settings)
     sound = [layer for layer in wanted if not facts[layer.name].nonfinite]
@@ -85,7 +83,7 @@ def decide(
     joint = [(layer, choices[layer.name], rules[layer.name]) for layer in sound if is_joint(choices[layer.name])]
     grouped = decide_groups(checkpoint, joint, settings)
     return [
-        grouped.get(layer.name) or _decision(checkpoint, layer, rules[layer.name], choices, facts, settings)
+        grouped.get(layer.name) or _decision(checkpoint, layer, rules[layer.name], choices, facts, settings, recall)
         for layer in steps("planning", layers, progress)
     ]
 
@@ -115,27 +113,6 @@ def decide_groups(
 def _clash(checkpoint: Checkpoint, layer: Layer) -> str | None:
     clash = [name for name in checkpoint if name.startswith(layer.name + ".")]
     return f"tensor {clash[0]} has a name that its factors would take" if clash else None
-
-
-def check_choices(choices: Sequence[tuple[Layer, Format | Target | None]], settings: Settings) -> None:
-    """Raise UsageError that lists every problem of shapes that do not allow what is asked, and whose they are."""
-    problems: dict[str, list[str]] = {}
-    for layer, choice in choices:
-        try:
-            match choice:
-                case Target():
-                    choice.format.within(layer.shape, settings.stored_type(layer), layer.dense_bytes, **choice.options)
-                case Format():
-                    choice.factor_specs(layer.shape, settings.stored_type(layer))
-        except FormatError as error:
-            problems.setdefault(error.reason, []).append(printable(layer.name))
-    if problems:
-        raise UsageError("; ".join(f"{_several(names)}: {reason}" for reason, names in problems.items()))
-
-
-def _several(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
 def resolved(decisions: Sequence[Decision]) -> Plan:
@@ -196,6 +173,7 @@ def _decision(
     choices: Mapping[str, Format | Target | None],
     facts: Mapping[str, Facts],
     settings: Settings,
+    recall: Recall,
 ) -> Decision:
     def dense(reason: str) -> Decision:
         return Decision(layer, None, reason, layer.dense_bytes)
@@ -209,18 +187,21 @@ def _decision(
     clash = _clash(checkpoint, layer)
     if clash:
         return dense(clash)
-    return _weigh(checkpoint, layer, choices[layer.name], facts[layer.name].nonzeros, settings)
+    choice = choices[layer.name]
 
+    def search() -> Format | str:
+        return find_setting(lambda: checkpoint.read(layer.name), layer, choice, settings)
 
-def _weigh(
-    checkpoint: Checkpoint, layer: Layer, choice: Format | Target | None, nonzeros: int, settings: Settings
-) -> Decision:
-    """Find the setting and compare its bytes with the dense layer's, descriptions included."""
-    store = settings.stored_type(layer)
     try:
-        found = find_setting(lambda: checkpoint.read(layer.name), layer, choice, settings)
+        found = recall(layer, search) if isinstance(choice, Target) else search()
     except NumericalError as error:
-        return Decision(layer, None, error.reason, layer.dense_bytes)
+        return dense(error.reason)
+    return _weigh(layer, found, facts[layer.name].nonzeros, settings)
+
+
+def _weigh(layer: Layer, found: Format | str, nonzeros: int, settings: Settings) -> Decision:
+    """Compare a setting's bytes with the dense layer's, descriptions included."""
+    store = settings.stored_type(layer)
     if isinstance(found, str):
         return Decision(layer, None, found, layer.dense_bytes)
     stored, header = planned_bytes(layer, found, store, nonzeros)

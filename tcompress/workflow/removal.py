@@ -16,8 +16,9 @@ from tcompress.formats import Format
 from tcompress.formats.svd import SVD
 from tcompress.workflow.fitting import working_copy
 from tcompress.workflow.plan import Target
-from tcompress.workflow.planning import CPU, Settings, find_setting
+from tcompress.workflow.planning import find_setting
 from tcompress.workflow.progress import Progress, silent, steps
+from tcompress.workflow.settings import CPU, Settings
 from tcompress.workflow.survey import facts_of
 
 BINS = 101  # odd: zero lies in the middle of a bin

@@ -30,7 +30,7 @@ from tcompress.linalg.distance import compare
 from tcompress.workflow.compression import compress, dry_run
 from tcompress.workflow.decoding import view
 from tcompress.workflow.plan import Plan, Target, plan_for
-from tcompress.workflow.planning import Settings
+from tcompress.workflow.settings import Settings
 
 Score = Callable[[dict[str, Tensor]], float]
 
@@ -50,6 +50,7 @@ METHODS: list[tuple[str, str, torch.dtype | None, bool]] = [
     ("sparse int8, one threshold", "sparse", torch.int8, True),
     ("sparse int4, one threshold", "sparse", torch.int4, True),
     ("lrs alternating int8", "lrs", torch.int8, False),
+    ("lrs alternating int4, one threshold", "lrs:share=0.02", torch.int4, True),
 ]
 WHOLE = [("dense int8", torch.int8), ("dense int4", torch.int4)]
 _STEPS = 9  # of the search for the keep

@@ -15,8 +15,8 @@ from tcompress.checkpoint.layers import LayerKind
 from tcompress.checkpoint.manifest import Entry, Factor, Manifest, figure
 from tcompress.checkpoint.mapped import bytes_of
 from tcompress.checkpoint.safetensors_file import SafetensorsFile
-from tcompress.checkpoint.writer import Piece, Spool, file_bytes, in_shards, write_file
-from tcompress.errors import OutputError, TcompressError
+from tcompress.checkpoint.writer import Piece, file_bytes, in_shards, write_file
+from tcompress.errors import OutputError
 
 TENSORS = {
     "fc.weight.left": torch.randn(5, 2, generator=torch.Generator().manual_seed(1)),
@@ -173,25 +173,3 @@ def test_a_group_is_never_divided():
     pieces = [sized("a", 6), sized("b.left", 2, "b"), sized("c", 1), sized("b.right", 2, "b")]
     assert names_of(in_shards(pieces, 8)) == [["a"], ["b.left", "b.right", "c"]]
     assert names_of(in_shards(pieces, 3)) == [["a"], ["b.left", "b.right"], ["c"]]
-
-
-def test_a_spool_gives_back_what_was_put_in_and_leaves_nothing(tmp_path, path):
-    with Spool(tmp_path / "spool") as spool:
-        pieces = [spool.put(name, tensor, group="g") for name, tensor in TENSORS.items()]
-        for piece, tensor in zip(pieces, TENSORS.values(), strict=True):
-            assert (piece.shape, piece.dtype.torch, piece.group) == (tuple(tensor.shape), tensor.dtype, "g")
-            assert piece.data() == bytes_of(tensor)
-        write_file(path, pieces, {}, None)
-    assert not (tmp_path / "spool").exists()
-    assert torch.equal(load_file(path)["turned"], TENSORS["turned"])
-
-
-def test_a_spool_leaves_nothing_behind_an_error(tmp_path):
-    def work(spool):
-        with spool:
-            spool.put("t", torch.ones(3), "t")
-            raise TcompressError("stop")
-
-    with pytest.raises(TcompressError):
-        work(Spool(tmp_path / "spool"))
-    assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pty
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,12 +63,12 @@ def catches_sigterm(process: subprocess.Popen[str], _: Path) -> bool:
 
 
 def has_a_workspace(_: subprocess.Popen[str], folder: Path) -> bool:
-    return any(path.suffix == ".tmp" for path in folder.iterdir())
+    return any(path.suffix == ".partial" for path in folder.iterdir())
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("moment", [catches_sigterm, has_a_workspace], ids=["while importing", "while working"])
-def test_a_signal_stops_the_run_and_leaves_nothing_behind(slow_model, tmp_path, sent, code, moment):
+def test_a_signal_stops_the_run_and_says_what_it_leaves(slow_model, tmp_path, sent, code, moment):
     options = ["--format", "svd", "--rank", "500", "-o", str(tmp_path / "o.safetensors")]
     command = [sys.executable, "-c", INTERRUPTIBLE, "compress", str(slow_model), *options]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
@@ -81,7 +83,10 @@ def test_a_signal_stops_the_run_and_leaves_nothing_behind(slow_model, tmp_path, 
     assert time.monotonic() - sent_at < 5
     assert said.startswith("error: ")
     assert said.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["slow.safetensors"]
+    left = {path.name for path in tmp_path.iterdir()} - {"slow.safetensors"}
+    assert left <= {".o.safetensors.partial"}
+    assert ("the same command goes on" in said) == bool(left)
+    assert ("nothing was written" in said) != bool(left)
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
@@ -161,3 +166,54 @@ def test_an_internal_error_is_one_line_and_debug_shows_the_rest(tmp_path):
         assert done.stderr.splitlines()[-1] == "error: internal error: ZeroDivisionError: oops; --debug shows more"
         assert len(done.stderr.splitlines()) >= lines
         assert ("Traceback" in done.stderr) == bool(debug)
+
+
+def limit_files(nbytes):
+    """Make every write beyond so many bytes of a file fail, as a full disk would."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
+
+    return limit
+
+
+@pytest.mark.parametrize("nbytes", [100, 20_000, 1_000_000], ids=["journal", "first layer", "later layer"])
+def test_a_disk_that_is_full_is_one_line_and_leaves_the_old_state(slow_model, tmp_path, nbytes):
+    (tmp_path / "o.safetensors").write_text("old")
+    options = ["--format", "svd", "--rank", "10", "--force", "-o", tmp_path / "o.safetensors"]
+    done = run("compress", slow_model, *options, capture_output=True, preexec_fn=limit_files(nbytes))
+    assert done.returncode == 7
+    assert done.stderr == f"error: {tmp_path / 'o.safetensors'}: cannot be written (File too large)\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.safetensors", "slow.safetensors"]
+    assert (tmp_path / "o.safetensors").read_text() == "old"
+
+
+def test_no_command_opens_a_connection(tcompress, model_file, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("a connection was asked for")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    assert tcompress("inspect", model_file).code == 0
+    assert tcompress("analyze", model_file, "--format", "svd:rank=2").code == 0
+    assert tcompress("compress", model_file, "--format", "svd:rank=2", "-o", "s.safetensors").code == 0
+    assert tcompress("verify", "s.safetensors", "--against", model_file).code == 0
+    assert tcompress("decompress", "s.safetensors", "-o", "d.safetensors").code == 0
+
+
+@pytest.mark.parametrize("command", ["analyze", "compress", "decompress"])
+def test_more_memory_than_allowed_is_refused_before_the_work(tcompress, model_file, command):
+    assert tcompress("compress", model_file, "--format", "svd:rank=2", "-o", "s.safetensors").code == 0
+    options = {
+        "analyze": [model_file],
+        "compress": [model_file, "--format", "svd:rank=2", "-o", "o.safetensors"],
+        "decompress": ["s.safetensors", "-o", "o.safetensors"],
+    }[command]
+    assert tcompress(command, *options, "--max-memory", "1MB").code == 0
+    if Path("o.safetensors").exists():
+        Path("o.safetensors").unlink()
+    answer = tcompress(command, *options, "--max-memory", "10KB")
+    assert answer.code == 5
+    assert re.fullmatch(r"error: \S+: tensor \S+: .* --max-memory is 10000\n", answer.err)
+    assert not Path("o.safetensors").exists()

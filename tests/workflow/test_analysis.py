@@ -17,8 +17,8 @@ from tcompress.linalg.permutation import unshuffled
 from tcompress.workflow.analysis import analyze, winners
 from tcompress.workflow.compression import compress
 from tcompress.workflow.plan import Target, plan_for
-from tcompress.workflow.planning import Settings
 from tcompress.workflow.results import AnalysisRow
+from tcompress.workflow.settings import Settings
 
 
 def test_what_analysis_says_is_what_compression_does(model_file, tmp_path):

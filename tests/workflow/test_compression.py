@@ -17,7 +17,7 @@ from tcompress.formats.svd import SVD
 from tcompress.workflow.compression import compress, dry_run
 from tcompress.workflow.decompression import decompress
 from tcompress.workflow.plan import Plan, Rule, Target, parse_plan, plan_for
-from tcompress.workflow.planning import Settings
+from tcompress.workflow.settings import Settings
 from tcompress.workflow.verification import verify
 
 

@@ -17,7 +17,7 @@ from tcompress.workflow.compression import compress, dry_run
 from tcompress.workflow.decompression import decompress
 from tcompress.workflow.inspection import inspect
 from tcompress.workflow.plan import Target, parse_plan, plan_for
-from tcompress.workflow.planning import Settings
+from tcompress.workflow.settings import Settings
 from tcompress.workflow.verification import verify
 
 
