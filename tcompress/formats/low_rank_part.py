@@ -187,7 +187,9 @@ def _times_power(values: Tensor, exponent: int) -> Tensor:
 def _settled(solver: Solver, matrix: Tensor, count: int, rounds: int) -> Any:
     part = solver.start(matrix)
     # A few huge entries look like structure of low rank. Where removing them first leaves less, that is the start.
-    without: Summand = solver.start(matrix - keep_largest(matrix, count))
+    rest = keep_largest(matrix, count)
+    without: Summand = solver.start(torch.sub(matrix, rest, out=rest))
+    del rest
     if trimmed_error(matrix, without, count) < trimmed_error(matrix, part, count):
         part = without
     return fit_trimmed(matrix, part, solver.project, rounds=rounds, count=count)

@@ -295,7 +295,15 @@ class LowRankPlusSparse(Factorization):
         if self.low_rank is None:
             return sparse
         low = self.low_rank.reconstruct()
-        return torch.where(sparse == 0, low, sparse) if self.masking else low + sparse
+        if self.masking:
+            return torch.where(sparse == 0, low, sparse)
+        # Three matrices of the weight's size are one too many where nothing is to be differentiated.
+        return low + sparse if torch.is_grad_enabled() or self._holds(low) else low.add_(sparse)
+
+    def _holds(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor lies in the memory of a factor, as a reshaped one does."""
+        memory = tensor.untyped_storage().data_ptr()
+        return any(factor.untyped_storage().data_ptr() == memory for factor in self.parameters())
 
 
 def _largest_for_output(rest: Tensor, count: int, gram: Tensor | None) -> Tensor:

@@ -76,8 +76,8 @@ def fit(weight: Tensor, setting: Format, *, store: torch.dtype, device: torch.de
     Raises NumericalError when a factor is not finite in the stored type.
     """
     started = time.perf_counter()
-    factors = setting.fit(working_copy(weight, device)).state_dict()
-    stored = _stored(factors, setting, setting.factor_specs(tuple(weight.shape), store), store)
+    planned = setting.factor_specs(tuple(weight.shape), store)
+    stored = _stored(setting.fit(working_copy(weight, device)).state_dict(), setting, planned, store)
     return _measured(weight, setting, stored, device, started)
 
 
@@ -104,10 +104,10 @@ def fit_group(
     started = time.perf_counter()
     shared, own = setting.fit_together([working_copy(weight, device) for weight in weights])
     planned_shared, planned_own = setting.group_specs(tuple(weights[0].shape), store, len(weights))
-    stored = _stored(shared, setting, planned_shared, store)
+    stored = _stored(dict(shared), setting, planned_shared, store)
     fitted = []
     for weight, factors in zip(weights, own, strict=True):
-        each = _stored(factors, setting, planned_own, store)
+        each = _stored(dict(factors), setting, planned_own, store)
         whole = _measured(weight, setting, {**stored, **each}, device, started)
         fitted.append(replace(whole, stored=each))
         started = time.perf_counter()
@@ -115,13 +115,14 @@ def fit_group(
 
 
 def _stored(
-    found: Mapping[str, Tensor], setting: Format, planned: Mapping[str, FactorSpec], store: torch.dtype
+    found: dict[str, Tensor], setting: Format, planned: Mapping[str, FactorSpec], store: torch.dtype
 ) -> dict[str, StoredFactor]:
+    """Encode the factors, and let go of each as found when it is done: a sparse one is as large as the weight."""
     stored = {}
-    for name, factor in found.items():
-        values = factor.detach().to(value_type(store)).cpu()
+    for name in list(found):
+        values = found.pop(name).detach().to(value_type(store)).cpu()
         if values.dtype != store:
-            values = values + 0.0  # codes know no -0.0, which would be stored as a value that is not zero
+            values += 0.0  # codes know no -0.0, which would be stored as a value that is not zero
         if not bool(torch.isfinite(values).all()):
             raise NumericalError(f"{setting}: a factor is not finite as {str(store).removeprefix('torch.')}")
         try:

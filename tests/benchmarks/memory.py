@@ -1,6 +1,6 @@
 """Peak memory of compressing a checkpoint far larger than its largest tensor.
 
-    python tests/benchmarks/memory.py [--gigabytes 3] [--layers 24]
+    python tests/benchmarks/memory.py [--gigabytes 3] [--layers 24] [--only TEXT]
 
 Makes a bf16 checkpoint in a temporary folder, compresses it with each format in a process of its own, and prints peak
 resident memory beyond what `import torch` takes, beside the limit: 4 x the largest tensor in float32 + 100 MB.
@@ -43,6 +43,10 @@ COMMANDS = {
     "compress sparse --tolerance 0.3": [
         "compress", "{model}", "--format", "sparse", "--tolerance", "0.3", "-o", "{small}",
     ],
+    "compress lrs --keep 0.5": ["compress", "{model}", "--format", "lrs:rounds=10", "--keep", "0.5", "-o", "{small}"],
+    "compress sparse --keep 0.1 --dtype int4": [
+        "compress", "{model}", "--format", "sparse", "--keep", "0.1", "--dtype", "int4", "-o", "{small}",
+    ],
     "inspect": ["inspect", "{model}"],
 }  # fmt: skip
 
@@ -81,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--only", default="", help="those commands alone that contain this text")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model.safetensors")
@@ -91,7 +96,7 @@ def main() -> None:
         print(f"float32 {largest / 1e6:.0f} MB; import torch takes {torch_alone / 1e6:.0f} MB;", end=" ")
         print(f"limit beyond it {limit / 1e6:.0f} MB")
         print(f"{'command':38} {'beyond torch':>14} {'of the limit':>13} {'seconds':>8}  output")
-        for label, command in COMMANDS.items():
+        for label, command in ((label, command) for label, command in COMMANDS.items() if options.only in label):
             paths = {"model": model, "small": Path(folder, "small.safetensors"), "dense": Path(folder, "d.safetensors")}
             arguments = [part.format(**paths) for part in command]
             force = ["--force"] if command[0] in {"compress", "decompress"} else []

@@ -417,7 +417,9 @@ def test_the_alternation_takes_the_memory_of_few_weights():
     weight = weight_of(1024, 1024)
     setting = LowRankSparse(density=0.5, rank=16, rounds=3)
     setting.fit(weight[:64])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         setting.fit(weight)
     held = most = 0
     for event in profile.profiler.kineto_results.events():
