@@ -120,7 +120,12 @@ class Journal:
             kept += len(raw)
         return kept
 
-    def _is_sound(self, line: Mapping[str, Any]) -> bool:
+    def _is_sound(self, line: Any) -> bool:
+        match line:
+            case {"key": str(), "found": dict(), "tensors": list()}:
+                pass
+            case _:
+                return False
         size = self._spool_path.stat().st_size
         for tensor, (start, end) in zip(line["tensors"], _spans(line), strict=True):
             if end > size or xxh3_128_hexdigest(map_bytes(self._spool_path, start, end - start)) != tensor["hash"]:

@@ -19,6 +19,7 @@ from tcompress.checkpoint.lock import lock
 from tcompress.errors import OutputError, Stopped
 
 _CHECKPOINT_MARKS = ("*.safetensors", "*.index.json", "tcompress.json", "pytorch_model*.bin")
+STAGED = "staged.safetensors"  # between two forms of an output
 _LOCK, _REPLACED = "lock", "replaced"
 _KEPT = {JOURNAL, SPOOL, _LOCK}  # of a stopped run
 
@@ -47,6 +48,7 @@ class Output:
     def __enter__(self) -> Self:
         self.check()
         try:
+            self._require_own_workspace()
             self.workspace.mkdir(exist_ok=True)
             self._lock = lock(self.workspace / _LOCK, self.path)
             self._sweep()
@@ -69,19 +71,33 @@ class Output:
         if isinstance(error, OSError):
             raise self._failed(error) from error
 
-    def _sweep(self) -> None:
-        """Take away what a killed run left half-written, and put back what it was about to replace."""
+    def _require_own_workspace(self) -> None:
+        # A folder from a stranger may bring one along, and what is in a workspace is written and swept.
+        if self.workspace.is_symlink():
+            raise OutputError(f"{self.workspace} is a link; delete it", path=self.path)
+
+    def _put_back(self) -> bool:
+        """Give the old output its name again where a run was stopped before the new one had it."""
         aside = self.workspace / _REPLACED
-        if aside.exists() and not os.path.lexists(self.path):
-            aside.rename(self.path)
+        if not aside.exists() or os.path.lexists(self.path):
+            return False
+        aside.rename(self.path)
+        return True
+
+    def _sweep(self) -> None:
+        """Take away what a killed run left half-written, and every link in the place of a file of ours."""
+        if self._put_back():
             self.check()
         for path in self.workspace.iterdir():
-            if path.name not in _KEPT:
+            is_ours = path.name in {self.draft.name, STAGED, _REPLACED}
+            if is_ours or (path.name in _KEPT and (path.is_symlink() or not path.is_file())):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _leave(self, *, keep: bool) -> None:
         if self._lock < 0:
             return
+        with contextlib.suppress(OSError):
+            self._put_back()
         if keep:
             with contextlib.suppress(OSError):
                 self._sweep()

@@ -14,7 +14,7 @@ from tcompress.checkpoint.manifest import METADATA_KEY
 from tcompress.checkpoint.mapped import bytes_of
 from tcompress.checkpoint.memory import require_memory
 from tcompress.checkpoint.opening import SAFETENSORS_SUFFIX, TORCH_SUFFIXES
-from tcompress.checkpoint.output import Output
+from tcompress.checkpoint.output import STAGED, Output
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.safetensors_file import SafetensorsFile
 from tcompress.checkpoint.shards import Contents, Layout
@@ -120,7 +120,7 @@ def _contents(dense: CompressedView, device: torch.device, *, ties_apart: bool, 
 
 def _write_torch(output: Output, contents: Contents, dense: CompressedView) -> None:
     """Stage the tensors in a safetensors file first: torch.save wants all of them at once, mapped ones cost nothing."""
-    staged = output.workspace / "staged.safetensors"
+    staged = output.workspace / STAGED
     shards.write(staged, contents, Layout(None))
     key = dense.manifest.source.get("key")
     write_torch(
