@@ -88,6 +88,13 @@ class Support(ABC):
         Raises InputError when the parts contradict each other or the shape.
         """
 
+    @abstractmethod
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Place:
+        """Return what puts the stored values of sound parts where they belong, as ``Coding.unpack`` does it.
+
+        It takes them in one list, or in their own shape, and ignores what follows the last of them.
+        """
+
 
 class Values(ABC):
     """How the stored values themselves lie on disk."""
@@ -108,6 +115,10 @@ class Values(ABC):
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], stored: tuple[int, ...], place: Place
     ) -> Tensor:
         """Return the factor. Raises InputError as ``Support.decode`` does."""
+
+    @abstractmethod
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], place: Place) -> Tensor:
+        """Return the factor of sound parts, as ``Coding.unpack`` does."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +167,26 @@ class Coding:
 
     def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """Return the factor. Raises InputError when the parts contradict each other or the shape."""
-        if self.is_plain_tensor:
-            parts = {self.held.part_names[0]: parts[""]}
+        parts = self._own(parts)
         stored, place = self.support.decode(parts, shape)
         return self.held.decode(parts, shape, stored, place)
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Return the factor that ``decode`` returns, on the device of the parts and by torch operations alone.
+
+        Only for parts that ``decode`` has accepted: nothing is checked, and nothing is read back from the device. No
+        size depends on the parts' contents, so torch.compile and torch.export trace it whole. Gradients flow to values
+        as they are; a plain tensor comes back itself.
+
+        Beside the factor this takes a byte for each element, for int8 on a support two, and for int4 on a support its
+        values in float32. Positions take 8 bytes for each stored value of csr and up to 24 of delta8. On CUDA
+        masked_scatter takes another 8 bytes for each element of bitmask and n:m.
+        """
+        parts = self._own(parts)
+        return self.held.unpack(parts, shape, self.support.unpack(parts, shape))
+
+    def _own(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {self.held.part_names[0]: parts[""]} if self.is_plain_tensor else parts
 
     def _named(self, parts: dict[str, _Part]) -> dict[str, _Part]:
         return dict(zip(self.part_names, parts.values(), strict=True))

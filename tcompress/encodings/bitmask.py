@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tcompress.encodings.base import FactorSpec, PartSpec, Place, Select, Support, bits_of, require
-from tcompress.encodings.masks import bits_set, place_by_mask, select_by_mask
+from tcompress.encodings.masks import bits_set, place_by_mask, scatter_by_mask, select_by_mask, single_bits
 
 
 class Bitmask(Support):
@@ -40,6 +40,10 @@ class Bitmask(Support):
             return place_by_mask(values, np.unpackbits(packed, count=count, bitorder="little").view(np.bool_), shape)
 
         return (bits_set(packed),), place
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Place:
+        mask = single_bits(parts["mask"])[: math.prod(shape)]
+        return lambda values: scatter_by_mask(values, mask, shape)
 
 
 def _mask_bytes(count: int) -> int:

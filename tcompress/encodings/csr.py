@@ -10,7 +10,7 @@ from scipy import sparse
 from torch import Tensor
 
 from tcompress.encodings.base import FactorSpec, PartSpec, Place, Select, Support, bits_of, require
-from tcompress.encodings.masks import select_by_mask
+from tcompress.encodings.masks import scatter_at, select_by_mask
 
 MAX_SHORT_COLUMNS = 1 << 16  # column numbers up to 65535 fit 16 bits
 
@@ -68,6 +68,13 @@ class CSR(Support):
             return torch.from_numpy(dense).view(values.dtype)
 
         return (columns.numel(),), place
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Place:
+        rows, width = shape
+        columns, starts = parts["columns"], parts["row_starts"]
+        firsts = torch.arange(rows, device=starts.device) * width
+        positions = firsts.repeat_interleave(starts.diff(), output_size=columns.numel()).add_(columns.to(torch.int64))
+        return lambda values: scatter_at(values, positions, shape)
 
 
 def _column_type(columns: int) -> torch.dtype:

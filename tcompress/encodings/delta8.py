@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tcompress.encodings.base import FactorSpec, PartSpec, Place, Select, Support, bits_of, require
-from tcompress.encodings.masks import Positions, place_at, select_at
+from tcompress.encodings.masks import Positions, place_at, scatter_at, select_at
 
 SKIP = 255
 
@@ -52,6 +52,20 @@ class Delta8(Support):
         ends = np.cumsum(steps + owned.astype(np.int64))[owned]  # one more than the position of each value
         require(ends.size == 0 or int(ends[-1]) <= math.prod(shape), "has gaps that reach beyond its last element")
         return (ends.size,), lambda values: place_at(values, ends - 1, shape)
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Place:
+        gaps = parts["gaps"]
+
+        def place(values: Tensor) -> Tensor:
+            # One entry more than there are values: the bytes that own none all write there.
+            many, elements = values.numel(), math.prod(shape)
+            positions = torch.full((many + 1,), elements, device=gaps.device)
+            owned = gaps != SKIP
+            ranks = owned.cumsum(0).sub_(1).masked_fill_(~owned, many)
+            positions.scatter_(0, ranks, (gaps + owned).cumsum(0).sub_(1))
+            return scatter_at(values, positions[:-1], shape)
+
+        return place
 
 
 def gaps_between(positions: Positions) -> Positions:

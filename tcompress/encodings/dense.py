@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -29,3 +30,7 @@ class Dense(Support):
     def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[tuple[int, ...], Place]:
         del parts
         return shape, lambda values: values.reshape(shape)
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Place:
+        del parts
+        return lambda values: values if values.shape == shape else values[: math.prod(shape)].reshape(shape)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tcompress.encodings.base import INT4, FactorSpec, PartSpec, Place, Select, Values, require
@@ -75,6 +76,19 @@ class Int4(Values):
         values.view(np.int64).reshape(-1)[: packed.size] = _PAIRS[packed]
         values *= scale.numpy().astype(np.float32)[:, None]
         return place(torch.from_numpy(values).reshape(-1)[:count])
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], place: Place) -> Tensor:
+        del shape
+        codes, scale = parts["codes"], parts["scale"]
+        missing = scale.numel() * (GROUP // 2) - codes.numel()
+        values = _halves(F.pad(codes, (0, missing))).reshape(-1, GROUP).to(torch.float32)
+        return place(values.mul_(scale.to(torch.float32)[:, None]).reshape(-1))
+
+
+def _halves(packed: Tensor) -> Tensor:
+    """Return the two codes of each byte as (bytes, 2) int8."""
+    signed = packed.view(torch.int8)  # of which a shift to the right keeps the sign
+    return torch.stack([signed << 4 >> 4, signed >> 4], dim=-1)
 
 
 def _quantised(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,4 +54,12 @@ class Int8(Values):
         require(right, f"has not {shape[0]} scales in torch.float32")
         sound = bool(scale.isfinite().all()) and not bool((scale < 0).any())
         require(sound, "has scales that are negative or not finite")
-        return place(codes).to(torch.float32).mul_(scale.reshape(-1, *[1] * (len(shape) - 1)))
+        return _scaled(place(codes), scale)
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], place: Place) -> Tensor:
+        del shape
+        return _scaled(place(parts["codes"]), parts["scale"])
+
+
+def _scaled(codes: Tensor, scale: Tensor) -> Tensor:
+    return codes.to(torch.float32).mul_(scale.reshape(-1, *[1] * (codes.ndim - 1)))

@@ -1,4 +1,7 @@
-"""Values between zeros: taken out and put back through a mask of one bit per element, or through their positions."""
+"""Values between zeros: taken out and put back through a mask of one bit per element, or through their positions.
+
+What is named scatter does by torch operations alone, on any device, what is named place does faster by NumPy's.
+"""
 
 from __future__ import annotations
 
@@ -59,3 +62,22 @@ def place_at(values: Tensor, positions: Positions, shape: tuple[int, ...]) -> Te
     dense = np.zeros(math.prod(shape), dtype=bits.dtype)
     dense[positions] = bits
     return torch.from_numpy(dense).view(values.dtype).reshape(shape)
+
+
+def single_bits(packed: Tensor) -> Tensor:
+    """Return the bits of bytes as booleans, the lowest bit of each byte first, by torch operations alone."""
+    byte, place = (torch.arange(size, dtype=torch.uint8, device=packed.device) for size in (256, 8))
+    # The eight flags of each byte side by side, as one number of 64 bits, so that they are copied at once.
+    flags = (byte[:, None] >> place & 1).view(torch.int64).reshape(256)
+    return flags.index_select(0, packed.to(torch.int32)).view(torch.bool)
+
+
+def scatter_by_mask(values: Tensor, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return zeros of a shape with the first values where the mask, one for each element, is set."""
+    return values.new_zeros(math.prod(shape)).masked_scatter_(mask, values).reshape(shape)
+
+
+def scatter_at(values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return zeros of a shape with the first values at these row-major positions; one beyond the last is no place."""
+    spare = values.new_zeros(math.prod(shape) + 1)
+    return spare.index_copy_(0, positions, values[: positions.numel()])[:-1].reshape(shape)

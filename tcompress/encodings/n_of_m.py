@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tcompress.encodings.base import FactorSpec, PartSpec, Place, Select, Support, bits_of, require
-from tcompress.encodings.masks import place_by_mask, select_by_mask
+from tcompress.encodings.masks import place_by_mask, scatter_by_mask, select_by_mask, single_bits
 
 MOST = 16  # m: the mask of a group fits two bytes
 _BLOCK = 1 << 16  # groups at a time: whole bytes, and a few MB of single bits
@@ -73,6 +73,15 @@ class NOfM(Support):
         masks = by_number[numbers]
         return (count * self.n,), lambda values: place_by_mask(values, _unpacked(masks, self.m).reshape(-1), shape)
 
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Place:
+        written, count = parts["patterns"], self._groups(shape)
+        bits = single_bits(written)[: count * self.bits].reshape(count, self.bits)
+        numbers = bits[:, 0].to(torch.int16)
+        for place in range(1, self.bits):
+            numbers |= bits[:, place].to(torch.int16) << place
+        mask = _flags(self.n, self.m, written.device).index_select(0, numbers.to(torch.int32)).reshape(-1)
+        return lambda values: scatter_by_mask(values, mask, shape)
+
     def _divides(self, shape: tuple[int, ...]) -> bool:
         return len(shape) > 0 and shape[-1] % self.m == 0
 
@@ -116,6 +125,18 @@ def _tables(n: int, m: int) -> tuple[Masks, Masks, Masks]:
     numbers = np.zeros(1 << m, dtype=np.uint16)
     numbers[by_number] = np.arange(by_number.size)
     return by_number, filled, numbers
+
+
+def _flags(n: int, m: int, device: torch.device) -> Tensor:
+    """Return the places of each pattern as (patterns, m) flags.
+
+    Computed each time: a tensor kept from one call would not outlive a trace, nor follow a module to its device.
+    """
+    # The order of the combinations is that of falling numbers whose highest bit is the first place.
+    falling = torch.arange((1 << m) - 1, -1, -1, dtype=torch.int32, device=device)
+    flags = falling[:, None] >> torch.arange(m - 1, -1, -1, dtype=torch.int32, device=device) & 1
+    patterns = (flags.sum(dim=1) != n).to(torch.uint8).argsort(stable=True)[: math.comb(m, n)]
+    return flags.index_select(0, patterns).to(torch.bool)
 
 
 def _packed(groups: npt.NDArray[np.bool_]) -> Masks:
