@@ -13,11 +13,14 @@ from tcompress.version import __version__
 if TYPE_CHECKING:
     from tcompress.checkpoint.opening import open_checkpoint
     from tcompress.formats import FORMATS
+    from tcompress.runtime.install import collect
     from tcompress.workflow.analysis import analyze
     from tcompress.workflow.compression import compress, dry_run
     from tcompress.workflow.decompression import decompress
     from tcompress.workflow.inspection import inspect
+    from tcompress.workflow.loading import load_into, load_state_dict
     from tcompress.workflow.plan import Plan, Target, plan_for, read_plan
+    from tcompress.workflow.saving import save_compressed
     from tcompress.workflow.settings import Settings
     from tcompress.workflow.verification import verify
 
@@ -28,13 +31,17 @@ __all__ = [
     "Target",
     "__version__",
     "analyze",
+    "collect",
     "compress",
     "decompress",
     "dry_run",
     "inspect",
+    "load_into",
+    "load_state_dict",
     "open_checkpoint",
     "plan_for",
     "read_plan",
+    "save_compressed",
     "verify",
 ]
 
@@ -44,13 +51,17 @@ _HOME = {
     "Settings": "tcompress.workflow.planning",
     "Target": "tcompress.workflow.plan",
     "analyze": "tcompress.workflow.analysis",
+    "collect": "tcompress.runtime.install",
     "compress": "tcompress.workflow.compression",
     "decompress": "tcompress.workflow.decompression",
     "dry_run": "tcompress.workflow.compression",
     "inspect": "tcompress.workflow.inspection",
+    "load_into": "tcompress.workflow.loading",
+    "load_state_dict": "tcompress.workflow.loading",
     "open_checkpoint": "tcompress.checkpoint.opening",
     "plan_for": "tcompress.workflow.plan",
     "read_plan": "tcompress.workflow.plan",
+    "save_compressed": "tcompress.workflow.saving",
     "verify": "tcompress.workflow.verification",
 }
 

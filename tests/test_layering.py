@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "encodings": set(),
     "checkpoint": set(),
     "formats": {"linalg", "encodings"},
-    "workflow": {"formats", "linalg", "encodings", "checkpoint"},
+    "runtime": {"formats", "encodings"},
+    "workflow": {"runtime", "formats", "linalg", "encodings", "checkpoint"},
     "report": {"workflow", "formats"},
     "cli": {"report", "workflow", "formats", "checkpoint"},
 }

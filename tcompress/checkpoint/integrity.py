@@ -14,9 +14,11 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from torch import Tensor
 from xxhash import xxh3_128
 
 from tcompress.checkpoint.manifest import METADATA_KEY
+from tcompress.checkpoint.mapped import bytes_of
 from tcompress.checkpoint.safetensors_file import SafetensorsFile, parse_object
 
 DIGEST_BYTES = 16
@@ -56,9 +58,24 @@ def damage(file: SafetensorsFile) -> list[str]:
     if len(expected) != DIGEST_BYTES * len(file):
         return [*problems, f"{file.path}: it has not one hash for each tensor"]
     for position, name in enumerate(file):
-        if xxh3_128(file.raw(name)).digest() != expected[position * DIGEST_BYTES : (position + 1) * DIGEST_BYTES]:
+        if _digest(file.chunks(name)) != expected[position * DIGEST_BYTES : (position + 1) * DIGEST_BYTES]:
             problems.append(f"{file.path}: tensor {name}: its data was changed after it was written")
     return problems
+
+
+def _digest(chunks: Iterable[memoryview]) -> bytes:
+    found = xxh3_128()
+    for chunk in chunks:
+        found.update(chunk)
+    return found.digest()
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Return a digest of the values of CPU tensors: the same for the same bits in the same order."""
+    found = xxh3_128()
+    for tensor in tensors:
+        found.update(bytes_of(tensor))
+    return found.hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:

@@ -54,7 +54,7 @@ class Entry:
 
     group: the group whose shared factors it uses beside its own.
     shape, dtype: of the dense weight. norm: its Frobenius norm. relative_error: of the weight that the stored factors
-    give, in the weight's own dtype.
+    give, in the weight's own dtype; None where they were changed afterwards and the weight was not at hand.
     """
 
     format: str
@@ -63,7 +63,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: DType
     norm: float
-    relative_error: float
+    relative_error: float | None
     factors: Mapping[str, Factor]
     group: str | None = None
 
@@ -251,7 +251,13 @@ def parse_entry(name: str, entry: Any, path: Path) -> Entry:
             "norm": norm,
             "relative_error": error,
             "factors": dict(factors),
-        } if dtype in BY_NAME and _is_shape(sizes) and _is_figure(norm) and _is_figure(error) and factors:
+        } if (
+            dtype in BY_NAME
+            and _is_shape(sizes)
+            and _is_figure(norm)
+            and (error is None or _is_figure(error))
+            and (factors)
+        ):
             pass
         case _:
             raise InputError("its manifest entry is damaged", path=path, tensor=name)

@@ -14,6 +14,7 @@ from tcompress.checkpoint.reader import TensorInfo
 from tcompress.errors import InputError, UnsupportedError
 
 _MOST_AT_ONCE = 1 << 30  # bytes that one read of the operating system is asked for; 2 GiB are more than it gives
+_MUCH = 1 << 20
 
 
 def read_bytes(path: Path, offset: int, nbytes: int) -> memoryview:
@@ -67,13 +68,28 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def _copied(file: BinaryIO, offset: int, nbytes: int) -> memoryview:
-    buffer: memoryview = torch.empty(nbytes, dtype=torch.uint8).numpy().data  # not filled with zeros first
+    buffer = _memory(nbytes)
     file.seek(offset)
     for start in range(0, nbytes, _MOST_AT_ONCE):
         part = buffer[start : start + _MOST_AT_ONCE]
         if file.readinto(part) != len(part):  # type: ignore[attr-defined]  # every binary file has it
             raise OSError(errno.EIO, "short read")
     return buffer
+
+
+def _memory(nbytes: int) -> memoryview:
+    """Return memory that goes back to the system as soon as it is let go of, if it is much.
+
+    What is freed to the heap stays there where something else was put behind it: reading one large tensor after another
+    would leave a process with a multiple of what it keeps.
+    """
+    if nbytes >= _MUCH:
+        try:
+            return memoryview(mmap.mmap(-1, nbytes))
+        except OSError:  # so many live mappings are not allowed
+            pass
+    small: memoryview = torch.empty(nbytes, dtype=torch.uint8).numpy().data  # not filled with zeros first
+    return small
 
 
 def tensor_of(raw: memoryview, info: TensorInfo, path: Path) -> torch.Tensor:

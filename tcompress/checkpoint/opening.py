@@ -26,13 +26,14 @@ _USUAL_NAMES = (
 )
 
 
-def open_checkpoint(path: Path, *, key: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Path | str, *, key: str | None = None) -> Checkpoint:
     """Open a weight file, an index, or the folder that holds them; nothing but headers is read.
 
     key: which entry of a nested torch checkpoint holds the state dict, where the usual names do not find it.
 
     Raises InputError when there is no checkpoint, more than one, or a damaged one.
     """
+    path = Path(path)
     if path.is_dir():
         found = _open_weights(_weights_in(path), key)
         found.folder = path

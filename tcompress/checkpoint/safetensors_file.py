@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tcompress.checkpoint.reader import Checkpoint, TensorInfo
 from tcompress.errors import InputError, SafetyError, UnsupportedError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_CHUNK = 8 << 20
 MAX_DIMENSIONS = 64
 MAX_JSON_VALUES = 3_000_000  # about 400,000 tensors; parsed, JSON takes up to thirty times its bytes
 
@@ -51,6 +52,12 @@ class SafetensorsFile(Checkpoint):
         require_bytes(info.nbytes, path=self.path, tensor=name)
         fetch = map_bytes if self._own else read_bytes
         return fetch(self.path, len(self.header) + self._offsets[name], info.nbytes)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes a few at a time. Raises InputError as ``raw``."""
+        first, nbytes = len(self.header) + self._offsets[name], self.infos[name].nbytes
+        for start in range(0, nbytes, _CHUNK):
+            yield read_bytes(self.path, first + start, min(_CHUNK, nbytes - start))
 
     def close(self) -> None:
         """Nothing is held open between reads."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.errors import FormatError
+from tcompress.formats.effort import dense_effort
 
 Shape = tuple[int, ...]
 
@@ -36,10 +37,33 @@ class Factorization(nn.Module, ABC):
     """The factors of one weight: its state_dict is what goes to disk, so ranks are read off the shapes."""
 
     shape: Shape
+    calls: ClassVar[int] = 2  # into the library, on the way through the factors
+    slowness: ClassVar[float] = 1.0  # of a multiplication on that way, beside one of a plain product
 
     @abstractmethod
     def reconstruct(self) -> Tensor:
         """Return the dense weight, of ``self.shape``."""
+
+    def forward(self, operation: str, *inputs: Tensor, **geometry: Any) -> Tensor:
+        """Run the operation of that name: the one door through which factors can be replaced for a call."""
+        result: Tensor = getattr(self, operation)(*inputs, **geometry)
+        return result
+
+    def prepared(self) -> Factorization:
+        """Return an equal factorization that does nothing twice which does not depend on the input; without gradients.
+
+        It may hold more memory than the factors, and is meant to be thrown away when they change.
+        """
+        return self
+
+    def can_compile(self) -> bool:
+        """Tell whether a compiler understands the way through the factors."""
+        return True
+
+    def effort(self, n: int, *, groups: int = 1, steps: int = 1) -> float:
+        """Return how long n positions take through the factors, in the unit of ``effort.py``."""
+        operations = self.slowness * self.operations(groups=groups, steps=steps)
+        return dense_effort(operations, n, calls=self.calls)
 
     def operations(self, *, groups: int = 1, steps: int = 1) -> int:
         """Multiplications per output position on the way through the factors; the dense weight's where there is none.

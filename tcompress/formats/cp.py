@@ -102,6 +102,8 @@ class CP(Folded):
 class CPTensor(Factorization):
     """weights: (R,); factors: (n_k, R) each, their columns of one norm."""
 
+    slowness: ClassVar[float] = 2.0  # it multiplies elementwise, which is bound by memory
+
     def __init__(self, folding: Folding, weights: Tensor, factors: list[Tensor]) -> None:
         super().__init__()
         self.shape, self.folding = folding.shape, folding
@@ -132,9 +134,10 @@ class CPTensor(Factorization):
         flat = x.reshape(-1, self.shape[1])
         if self.folding.is_padded:
             flat = F.pad(flat, (0, self.folding.padded[1] - self.shape[1]))
-        state = flat.reshape(len(flat), 1, flat.shape[1], 1)  # (inputs, outputs so far, inputs left, R or 1)
+        count = flat.shape[0]  # not len(flat), which an export would write down
+        state = flat.reshape(count, 1, flat.shape[1], 1)  # (inputs, outputs so far, inputs left, R or 1)
         for factor, i, j in zip(self.factors, self.folding.out_modes, self.folding.in_modes, strict=True):
-            split = state.reshape(len(flat), state.shape[1], j, state.shape[2] // j, state.shape[3])
+            split = state.reshape(count, state.shape[1], j, state.shape[2] // j, state.shape[3])
             state = torch.einsum("npjqr,ijr->npiqr", split.expand(-1, -1, -1, -1, factor.shape[1]), _pair(factor, i, j))
             state = state.flatten(1, 2)
         return (state[:, : self.shape[0], 0] @ self.weights).reshape(*x.shape[:-1], self.shape[0])

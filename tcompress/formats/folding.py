@@ -43,7 +43,7 @@ class Folding:
     @property
     def sizes(self) -> Modes:
         """The tensor's shape."""
-        return tuple(math.prod(self.flat[position] for position in group) for group in self.groups)
+        return tuple(math.prod([self.flat[position] for position in group]) for group in self.groups)
 
     @property
     def padded(self) -> tuple[int, int]:

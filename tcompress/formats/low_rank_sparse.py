@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.errors import FormatError
+from tcompress.formats.addends import Addends
 from tcompress.formats.base import (
     Factorization,
     Format,
@@ -300,8 +301,21 @@ class LowRankPlusSparse(Factorization):
         # Three matrices of the weight's size are one too many where nothing is to be differentiated.
         return low + sparse if torch.is_grad_enabled() or self._holds(low) else low.add_(sparse)
 
+    def prepared(self) -> Factorization:
+        if len(self.shape) > 2 or torch.compiler.is_compiling():
+            return self
+        if self.low_rank is None:
+            return self.sparse.prepared()
+        sparse = self.sparse.reconstruct().detach()
+        if self.masking:  # what is added to L instead of standing in its place
+            sparse = torch.where(sparse == 0, 0, sparse - self.low_rank.reconstruct().detach())
+        rows = SparseMatrix(self.shape, sparse).requires_grad_(False).prepared()
+        return Addends(self.shape, [self.low_rank.prepared(), rows])
+
     def _holds(self, tensor: Tensor) -> bool:
         """Tell whether a tensor lies in the memory of a factor, as a reshaped one does."""
+        if torch.compiler.is_compiling():  # where memory has no address yet
+            return True
         memory = tensor.untyped_storage().data_ptr()
         return any(factor.untyped_storage().data_ptr() == memory for factor in self.parameters())
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tcompress.encodings import FactorSpec
 from tcompress.errors import FormatError
+from tcompress.formats.addends import Addends
 from tcompress.formats.base import Factorization, Format, Shape, largest, listed, require_count, require_matrix_like
 from tcompress.formats.search import smallest_reaching
 from tcompress.formats.svd import SVD
@@ -269,6 +270,9 @@ class SumOfTerms(Factorization):
 
     def operations(self, *, groups: int = 1, steps: int = 1) -> int:
         return sum(term.operations(groups=groups, steps=steps) for term in self.members())
+
+    def prepared(self) -> Factorization:
+        return Addends(self.shape, [term.prepared() for term in self.members()])
 
     def linear(self, x: Tensor) -> Tensor:
         if not self.saves():

@@ -27,6 +27,7 @@ from tcompress.formats.base import (
     require_matrix_like,
     take_factors,
 )
+from tcompress.formats.rows import CompressedRows, can_run
 from tcompress.linalg.distance import compare
 from tcompress.linalg.magnitude import keep_in_groups, keep_largest, smallest_count_for_error
 
@@ -150,6 +151,9 @@ class SparseMatrix(Factorization):
 
     def reconstruct(self) -> Tensor:
         return self.matrix.reshape(self.shape)
+
+    def prepared(self) -> Factorization:
+        return CompressedRows(self.matrix.detach()) if len(self.shape) == 2 and can_run(self.matrix) else self
 
     def to_scipy(self) -> scipy_sparse.csr_array:
         """Return the (out, fan_in) matrix for SciPy, in float32 where SciPy lacks the type."""

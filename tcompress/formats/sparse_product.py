@@ -6,10 +6,8 @@ The matrix is the (out, fan_in) matricisation; the smaller of the two sizes is t
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar, Self
 
@@ -29,6 +27,7 @@ from tcompress.formats.base import (
     require_count,
     require_matrix_like,
 )
+from tcompress.formats.rows import CompressedRows, can_run, compressed_rows
 from tcompress.formats.search import smallest_reaching
 from tcompress.linalg.palm import product, sparse_product
 from tcompress.linalg.sparse_sets import default_count, full_nonzeros, sparse_product_nonzeros
@@ -136,16 +135,25 @@ class SparseFactors(Factorization):
 
     def operations(self, *, groups: int = 1, steps: int = 1) -> int:
         del steps
-        if groups != 1 or len(self.shape) > 2:  # a convolution has no sparse kernel here: it takes the dense weight
+        # A convolution has no sparse kernel here, and a compiler knows no compressed rows: they take the dense weight.
+        if groups != 1 or len(self.shape) > 2 or not can_run(self.scale):
             return super().operations()
         return sum(int(torch.count_nonzero(factor)) for factor in self.factors)
 
+    def prepared(self) -> Factorization:
+        if len(self.shape) > 2 or not can_run(self.scale):
+            return self
+        first, *others = (factor.detach() for factor in self.factors)
+        return Chain(self.shape, [CompressedRows(factor) for factor in (self.scale.detach() * first, *others)])
+
     def linear(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not self.saves():  # sparse products have no gradient for the values of a factor
+        # Sparse products have no gradient for the values of a factor, nor the types that autocast asks for.
+        is_plain = not torch.is_grad_enabled() and can_run(self.scale)
+        if not is_plain or torch.is_autocast_enabled(x.device.type) or not self.saves():
             return super().linear(x)
         state = x.reshape(-1, self.shape[1]).T
         for factor in reversed(list(self.factors)):
-            state = _compressed_rows(factor) @ state
+            state = compressed_rows(factor) @ state
         return (self.scale * state.T).reshape(*x.shape[:-1], self.shape[0])
 
     def embedding(self, ids: Tensor) -> Tensor:
@@ -153,14 +161,24 @@ class SparseFactors(Factorization):
         return F.embedding(ids, first) @ (self.scale * product(list(others)))
 
 
-def _compressed_rows(factor: Tensor) -> Tensor:
-    _announce_once()
-    return factor.to_sparse_csr()
+class Chain(Factorization):
+    """A product of compressed rows, in the order of the factors."""
 
+    def __init__(self, shape: Shape, members: Sequence[CompressedRows]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.members = tuple(members)
 
-@lru_cache(maxsize=1)
-def _announce_once() -> None:
-    """Let torch say, unheard, that its compressed rows are in beta: it says so once in a process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.eye(1).to_sparse_csr()
+    def reconstruct(self) -> Tensor:
+        return product([member.reconstruct() for member in self.members])
+
+    def can_compile(self) -> bool:
+        return all(member.can_compile() for member in self.members)
+
+    def effort(self, n: int, *, groups: int = 1, steps: int = 1) -> float:
+        return sum(member.effort(n, groups=groups, steps=steps) for member in self.members)
+
+    def linear(self, x: Tensor) -> Tensor:
+        for member in reversed(self.members):
+            x = member.linear(x)
+        return x

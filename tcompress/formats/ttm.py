@@ -122,7 +122,8 @@ class TensorTrainMatrix(Factorization):
         padded_in = self.folding.padded[1]
         if padded_in != x.shape[1]:
             x = torch.nn.functional.pad(x, (0, padded_in - x.shape[1]))
-        state = x.reshape(len(x), 1, 1, padded_in)  # (inputs, outputs so far, rank, inputs left)
+        # Not len(x): an export leaves the size of a batch open, and len() would write it down.
+        state = x.reshape(x.shape[0], 1, 1, padded_in)  # (inputs, outputs so far, rank, inputs left)
         for core in cores:
             rank, i, j, after = core.shape
             inputs, outputs, left = state.shape[0], state.shape[1], state.shape[3] // j
@@ -139,7 +140,7 @@ def _pairs(folding: Folding) -> list[tuple[int, int]]:
 
 def _operations(cores: list[Tensor]) -> int:
     """Multiplications per input on the way through the cores, first to last."""
-    total, outputs, left = 0, 1, math.prod(core.shape[2] for core in cores)
+    total, outputs, left = 0, 1, math.prod([core.shape[2] for core in cores])
     for core in cores:
         rank, i, j, after = core.shape
         left //= j
@@ -150,7 +151,8 @@ def _operations(cores: list[Tensor]) -> int:
 
 def digits(ids: Tensor, modes: Modes, rows: int) -> list[Tensor]:
     """Return each id's index in every mode, row-major. Raises IndexError for ids outside of 0..rows-1."""
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+    has_values = not torch.compiler.is_compiling() and not ids.is_meta and ids.numel() > 0
+    if has_values and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
         raise IndexError("an id is outside of the embedding")
     found = []
     for mode in reversed(modes):

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=2)  # a layer is shuffled and unshuffled again and again, one layer at a time
 def permutation(count: int, seed: int) -> Tensor:
     """Return the numbers 0..count-1 in random order: (count,) int64.
 
     NumPy's RandomState: its stream is frozen (NEP 19), that of newer generators may change with the version.
     """
+    return _permutation(count, seed)
+
+
+# What torch.compiler.assume_constant_result sets: a compiler cannot look into NumPy. That function loads the compiler.
+permutation._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=2)  # a layer is shuffled and unshuffled again and again, one layer at a time
+def _permutation(count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).permutation(count))
 
 

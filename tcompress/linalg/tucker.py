@@ -119,7 +119,8 @@ def times(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
         return (matrix @ tensor.reshape(size, -1)).reshape(shape)
     if mode == tensor.ndim - 1:
         return (tensor.reshape(before, size) @ matrix.T).reshape(shape)
-    return torch.matmul(matrix, tensor.reshape(before, size, -1)).reshape(shape)
+    # Not matmul: it takes another way, with other rounding, for matrices that gradients are asked of.
+    return torch.bmm(matrix.expand(before, *matrix.shape), tensor.reshape(before, size, -1)).reshape(shape)
 
 
 def unfolding(tensor: Tensor, mode: int) -> Tensor:

@@ -22,6 +22,24 @@ from tcompress.workflow.layout import stored_name
 
 
 @dataclass(frozen=True)
+class RawFactor:
+    """A factor as it lies on disk. stem: what the names of its parts begin with, the layer's name or its group's."""
+
+    stem: str
+    name: str
+    coding: Coding
+    parts: Mapping[str, Tensor]
+    shape: tuple[int, ...]
+
+    def decoded(self) -> Tensor:
+        """Return its values. Raises InputError when the parts contradict each other."""
+        values = self.coding.decode(self.parts, self.shape)
+        if not values.dtype.is_floating_point:
+            raise InputError(f"its factor {self.name} is of type {values.dtype}")
+        return values
+
+
+@dataclass(frozen=True)
 class CompressedView:
     """The dense tensors of a compressed checkpoint, by their original names.
 
@@ -99,6 +117,19 @@ class CompressedView:
 
     def factors(self, layer: str) -> Iterator[tuple[str, Tensor]]:
         """Yield name and values of each factor of a compressed layer. Raises InputError when they are damaged."""
+        for raw in self._raw_factors(layer):
+            yield raw.name, raw.decoded()
+
+    def raw_factors(self, layer: str) -> Iterator[RawFactor]:
+        """Yield each factor of a compressed layer as it lies on disk. Raises InputError when they are damaged."""
+        for raw in self._raw_factors(layer):
+            try:
+                raw.decoded()
+            except InputError as error:
+                raise InputError(error.reason, path=self.checkpoint.path, tensor=layer) from error
+            yield raw
+
+    def _raw_factors(self, layer: str) -> Iterator[RawFactor]:
         entry = self.manifest.layers[layer]
         most = math.prod(entry.shape)
         found = [(layer, name, factor, most) for name, factor in entry.factors.items()]
@@ -113,10 +144,7 @@ class CompressedView:
             if factor.shape is not None and math.prod(shape) > most:
                 raise InputError(f"its factor {name} claims more values than the weight has")
             require_memory(shape, torch.float32, path=self.checkpoint.path, tensor=layer)
-            decoded = coding.decode(parts, shape)
-            if not decoded.dtype.is_floating_point:
-                raise InputError(f"its factor {name} is of type {decoded.dtype}")
-            yield name, decoded
+            yield RawFactor(stem, name, coding, parts, shape)
 
 
 def view(checkpoint: Checkpoint) -> CompressedView:

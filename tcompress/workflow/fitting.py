@@ -126,13 +126,17 @@ def _stored(
         if not bool(torch.isfinite(values).all()):
             raise NumericalError(f"{setting}: a factor is not finite as {str(store).removeprefix('torch.')}")
         try:
-            stored[name] = _encoded(values, store, is_sparse=planned[name].nonzeros is not None)
+            stored[name] = encoded(values, store, is_sparse=planned[name].nonzeros is not None)
         except NumericalError as error:
             raise NumericalError(f"{setting}: factor {name} cannot be stored: {error.reason}") from error
     return stored
 
 
-def _encoded(factor: Tensor, store: torch.dtype, *, is_sparse: bool) -> StoredFactor:
+def encoded(factor: Tensor, store: torch.dtype, *, is_sparse: bool) -> StoredFactor:
+    """Return a CPU factor, in the ``value_type`` of its stored type, in the coding of the fewest bytes.
+
+    Raises NumericalError where codes cannot hold it.
+    """
     shape = tuple(factor.shape)
     spec = measured(factor, store) if is_sparse else FactorSpec(shape, store)
     if factor.numel() < _FEWEST_GROUPED:

@@ -24,7 +24,7 @@ def entry_of(
     factors: Mapping[str, FactorSpec],
     *,
     norm: float = WIDEST,
-    relative_error: float = WIDEST,
+    relative_error: float | None = WIDEST,
     group: str | None = None,
 ) -> Entry:
     """Return the layer's manifest entry; without figures it is as long as it can become."""

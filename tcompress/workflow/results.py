@@ -92,7 +92,7 @@ class VerifiedLayer:
     """One compressed layer; ``measured_error`` is None when there was nothing to measure against."""
 
     name: str
-    reported_error: float
+    reported_error: float | None
     measured_error: float | None
     problems: tuple[str, ...]
 

@@ -71,19 +71,20 @@ def _layer(dense: CompressedView, layer: Layer, against: Checkpoint | None, devi
         return VerifiedLayer(layer.name, entry.relative_error, None, tuple(problems))
     rebuilt_norm, _ = compare(rebuilt, rebuilt)
     gap = abs(rebuilt_norm - entry.norm)
-    if gap > (entry.relative_error + _ABSOLUTE) * (1 + _RELATIVE) * entry.norm:
+    reported = entry.relative_error
+    if reported is not None and gap > (reported + _ABSOLUTE) * (1 + _RELATIVE) * entry.norm:
         problems.append(
-            f"reports an error of {entry.relative_error:g}, but the norms {entry.norm:g} and {rebuilt_norm:g} "
+            f"reports an error of {reported:g}, but the norms {entry.norm:g} and {rebuilt_norm:g} "
             f"of the weight and of what is stored are further apart"
         )
     measured = None
     if against is not None and layer.name in against and against[layer.name].shape == layer.shape:
         norm, measured = compare(against.read(layer.name), rebuilt)
-        if not math.isclose(measured, entry.relative_error, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE):
-            problems.append(f"reports an error of {entry.relative_error:g}, measured is {measured:g}")
+        if reported is not None and not math.isclose(measured, reported, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE):
+            problems.append(f"reports an error of {reported:g}, measured is {measured:g}")
         if not math.isclose(norm, entry.norm, rel_tol=_RELATIVE):
             problems.append(f"reports a norm of {entry.norm:g}, measured is {norm:g}")
-    return VerifiedLayer(layer.name, entry.relative_error, measured, tuple(problems))
+    return VerifiedLayer(layer.name, reported, measured, tuple(problems))
 
 
 def _contradictions(dense: CompressedView, layer: Layer) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""Factors at work inside torch models. Knows no files."""
