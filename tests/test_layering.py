@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "runtime": {"formats", "encodings"},
     "workflow": {"runtime", "formats", "linalg", "encodings", "checkpoint"},
     "report": {"workflow", "formats"},
+    "transformers": {"workflow", "runtime", "checkpoint"},
     "cli": {"report", "workflow", "formats", "checkpoint"},
 }
 REASONS = {
@@ -33,6 +34,7 @@ ONLY_THERE = {
     "typer": {"cli"},
     "rich": {"cli", "report"},
     "safetensors": {"checkpoint"},
+    "transformers": {"transformers"},
     "scipy": {"encodings", "formats"},
     "xxhash": {"checkpoint"},
     "tensorly": {"formats", "linalg"},

@@ -25,6 +25,7 @@ from tcompress.errors import UsageError
 from tcompress.formats import Format, from_dict, to_dict
 from tcompress.version import __version__
 from tcompress.workflow.checking import check_plan
+from tcompress.workflow.hugging_face import STEM, announce
 from tcompress.workflow.layout import described, entry_of, is_exact, pieces_of
 from tcompress.workflow.packing import Packed, fit_all
 from tcompress.workflow.plan import Plan
@@ -33,14 +34,12 @@ from tcompress.workflow.progress import Progress, silent
 from tcompress.workflow.results import CompressionResult, LayerResult, Stored, describe, measure
 from tcompress.workflow.settings import Settings
 
-STEM = "model.tcompress"  # not the usual name: a loader that does not know factors must find no weights at all
-
 
 def compress(
     checkpoint: Checkpoint,
     plan: Plan,
     *,
-    out: Path,
+    out: Path | str,
     settings: Settings | None = None,
     force: bool = False,
     max_shard_bytes: int | None = None,
@@ -59,7 +58,7 @@ def compress(
     on the way.
     """
     started = time.perf_counter()
-    settings = settings or Settings()
+    out, settings = Path(out), settings or Settings()
     if checkpoint.folder is None and out.suffix != SAFETENSORS_SUFFIX:
         raise UsageError(
             f"compressed checkpoints are safetensors files; end the name with {SAFETENSORS_SUFFIX}", path=out
@@ -77,14 +76,14 @@ def compress(
         output.require_space(2 * shards.planned_bytes(_planned(checkpoint, decisions, settings, source), layout))
         packed, results = fit_all(checkpoint, decisions, settings, journal, progress, witness.require_unchanged)
         shards.write(output.draft, _contents(checkpoint, packed, decisions, source), layout)
-        left_out = []
+        remarks: list[str] = []
         if checkpoint.folder is not None:
             left_out = copy_companions(checkpoint.folder, output.draft, without=(out, *checkpoint.files))
+            remarks = [*map(_not_copied, left_out), *announce(output.draft, checkpoint)]
         witness.require_unchanged(lambda: describe(checkpoint).sha256 == source.sha256)
         output.commit()
     written = measure(out, checkpoint.folder is not None)
-    notes = [*_story(journal), *(_not_copied(name) for name in left_out)]
-    return _result(checkpoint, source, decisions, results, written, notes, started)
+    return _result(checkpoint, source, decisions, results, written, [*_story(journal), *remarks], started)
 
 
 def _run(checkpoint: Checkpoint, plan: Plan, settings: Settings, source: Stored) -> dict[str, Any]:
@@ -232,7 +231,9 @@ def _contents(
             if (shared := decision.shared) is not None and decision.layer.name in packed
         },
     )
-    return Contents(pieces, checkpoint.metadata, manifest)
+    # Loaders of the Hugging Face family ask for "format" before they read a file.
+    loadable = {} if checkpoint.folder is None else {"format": "pt"}
+    return Contents(pieces, {**loadable, **checkpoint.metadata}, manifest)
 
 
 def _result(

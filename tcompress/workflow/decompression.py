@@ -24,6 +24,7 @@ from tcompress.checkpoint.writer import Piece
 from tcompress.errors import UsageError
 from tcompress.workflow.compression import refuse_shards
 from tcompress.workflow.decoding import CompressedView, view
+from tcompress.workflow.hugging_face import withdraw
 from tcompress.workflow.progress import Progress, Step, silent
 from tcompress.workflow.results import DecompressionResult, describe, measure
 
@@ -33,7 +34,7 @@ STEM = "model"
 def decompress(
     checkpoint: Checkpoint,
     *,
-    out: Path,
+    out: Path | str,
     device: torch.device | None = None,
     force: bool = False,
     max_shard_bytes: int | None = None,
@@ -46,6 +47,7 @@ def decompress(
     damaged, OutputError when ``out`` exists or cannot be written, UsageError for an unknown suffix.
     """
     started = time.perf_counter()
+    out = Path(out)
     dense = view(checkpoint)
     is_folder = checkpoint.folder is not None
     is_torch = not is_folder and _is_torch(out)
@@ -65,6 +67,7 @@ def decompress(
             shards.write(output.draft, contents, _layout(dense, max_shard_bytes))
         if checkpoint.folder is not None:
             copy_companions(checkpoint.folder, output.draft, without=(out, *checkpoint.files))
+            withdraw(output.draft)
         witness.require_unchanged()
         output.commit()
     return DecompressionResult(

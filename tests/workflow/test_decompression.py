@@ -57,7 +57,7 @@ def test_a_nested_checkpoint_comes_back_nested(fixtures, tmp_path):
 def test_a_folder_of_shards_comes_back_as_one(fixtures, tmp_path):
     source = fixtures / "digits_mlp_sharded"
     there_and_back(source, tmp_path / "small", tmp_path / "dense")
-    assert (tmp_path / "small" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert b"quantization_config" in (tmp_path / "small" / "config.json").read_bytes()
     assert (tmp_path / "dense" / "config.json").read_bytes() == (source / "config.json").read_bytes()
     assert not (tmp_path / "small" / "model.safetensors.index.json").exists()
     index = json.loads((tmp_path / "dense" / "model.safetensors.index.json").read_text())
