@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from tcompress.workflow.analysis import analyze
     from tcompress.workflow.compression import compress, dry_run
     from tcompress.workflow.decompression import decompress
+    from tcompress.workflow.evaluation import evaluate
     from tcompress.workflow.inspection import inspect
     from tcompress.workflow.loading import load_into, load_state_dict
     from tcompress.workflow.plan import Plan, Target, plan_for, read_plan
     from tcompress.workflow.saving import save_compressed
     from tcompress.workflow.settings import Settings
+    from tcompress.workflow.task import load_task
     from tcompress.workflow.verification import verify
 
 __all__ = [
@@ -35,9 +37,11 @@ __all__ = [
     "compress",
     "decompress",
     "dry_run",
+    "evaluate",
     "inspect",
     "load_into",
     "load_state_dict",
+    "load_task",
     "open_checkpoint",
     "plan_for",
     "read_plan",
@@ -55,9 +59,11 @@ _HOME = {
     "compress": "tcompress.workflow.compression",
     "decompress": "tcompress.workflow.decompression",
     "dry_run": "tcompress.workflow.compression",
+    "evaluate": "tcompress.workflow.evaluation",
     "inspect": "tcompress.workflow.inspection",
     "load_into": "tcompress.workflow.loading",
     "load_state_dict": "tcompress.workflow.loading",
+    "load_task": "tcompress.workflow.task",
     "open_checkpoint": "tcompress.checkpoint.opening",
     "plan_for": "tcompress.workflow.plan",
     "read_plan": "tcompress.workflow.plan",

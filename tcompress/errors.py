@@ -10,6 +10,7 @@
     +-- NumericalError      6   NaN or Inf in the weights
     +-- OutputError         7   the output cannot be written
     +-- VerifyError         8   a compressed checkpoint is not what it says it is
+    +-- TaskError           9   a task file's code failed, or gave what it must not
     +-- LockedError        75   another run is writing the same output: try again later
 
 130 and 143 are left for SIGINT and SIGTERM.
@@ -95,6 +96,12 @@ class VerifyError(TcompressError):
     """A compressed checkpoint does not hold what its manifest says."""
 
     exit_code = 8
+
+
+class TaskError(TcompressError):
+    """The code of a task file raised an exception, or gave something else than it must."""
+
+    exit_code = 9
 
 
 class LockedError(TcompressError):

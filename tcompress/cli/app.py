@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tcompress.cli import analyze, compress, decompress, formats, inspect, verify
+from tcompress.cli import analyze, compress, decompress, evaluate, formats, inspect, verify
 from tcompress.errors import Stopped, TcompressError, printable
 from tcompress.version import __version__
 
@@ -25,7 +25,8 @@ app = typer.Typer(
     name="tcompress",
     help="Make released neural networks smaller without their training code.",
     epilog="Exit codes: 0 done, 2 usage, 3 a limit exceeded, 4 bad input, 5 too much memory, 6 NaN or Inf, "
-    "7 output, 8 verify found a difference, 75 another run has the output, 130 and 143 interrupted.",
+    "7 output, 8 verify found a difference, 9 a task file failed, 75 another run has the output, 130 and 143 "
+    "interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,6 +37,7 @@ for command in (
     compress.compress,
     decompress.decompress,
     verify.verify,
+    evaluate.evaluate,
     formats.formats,
 ):
     app.command()(command)

@@ -32,10 +32,10 @@ def compression_document(result: CompressionResult, exceeded: list[str]) -> Docu
     """Return the report of ``compress``; ``exceeded`` says which limits of the user were."""
     compressed = [layer for layer in result.layers if layer.format is not None]
     return {
-        **_head("compress"),
+        **head("compress"),
         "dry_run": result.output is None,
-        "source": _stored(result.source),
-        "output": None if result.output is None else _stored(result.output),
+        "source": stored(result.source),
+        "output": None if result.output is None else stored(result.output),
         "plan": dict(result.plan),
         "layers": [_layer(layer) for layer in result.layers],
         "totals": {
@@ -52,14 +52,14 @@ def compression_document(result: CompressionResult, exceeded: list[str]) -> Docu
         "limits_exceeded": exceeded,
         "other_values": list(result.other_values),
         "notes": list(result.notes),
-        **_tail(result.seconds),
+        **tail(result.seconds),
     }
 
 
 def analysis_document(analysis: Analysis, *, plots: Sequence[Path] = (), notes: Sequence[str] = ()) -> Document:
     """Return the report of ``analyze``; plots: the files drawn, notes: which layers could not be."""
     return {
-        **_head("analyze"),
+        **head("analyze"),
         "source": {"path": str(analysis.source)},
         "asked": list(analysis.asked),
         "rows": [_analysis_row(row) for row in analysis.rows],
@@ -70,14 +70,14 @@ def analysis_document(analysis: Analysis, *, plots: Sequence[Path] = (), notes: 
         "best": [_winner(winner) for winner in analysis.best],
         "plots": [str(path) for path in plots],
         "notes": [*analysis.notes, *notes],
-        **_tail(analysis.seconds),
+        **tail(analysis.seconds),
     }
 
 
 def inspection_document(inspection: Inspection) -> Document:
     """Return the report of ``inspect``."""
     return {
-        **_head("inspect"),
+        **head("inspect"),
         "path": str(inspection.path),
         "files": list(inspection.files),
         "file_bytes": inspection.file_bytes,
@@ -105,19 +105,19 @@ def inspection_document(inspection: Inspection) -> Document:
 def decompression_document(result: DecompressionResult) -> Document:
     """Return the report of ``decompress``."""
     return {
-        **_head("decompress"),
-        "source": _stored(result.source),
-        "output": _stored(result.output),
+        **head("decompress"),
+        "source": stored(result.source),
+        "output": stored(result.output),
         "tensors": result.tensors,
         "rebuilt": result.rebuilt,
-        **_tail(result.seconds),
+        **tail(result.seconds),
     }
 
 
 def verification_document(result: VerificationResult) -> Document:
     """Return the report of ``verify``."""
     return {
-        **_head("verify"),
+        **head("verify"),
         "path": str(result.path),
         "against": result.against,
         "passed": not result.problems,
@@ -126,14 +126,14 @@ def verification_document(result: VerificationResult) -> Document:
             {"name": layer.name, "reported_error": layer.reported_error, "measured_error": layer.measured_error}
             for layer in result.layers
         ],
-        **_tail(result.seconds),
+        **tail(result.seconds),
     }
 
 
 def formats_document() -> Document:
     """Return the list of all formats, as ``formats`` shows it."""
     return {
-        **_head("formats"),
+        **head("formats"),
         "formats": [
             {
                 "name": format_type.name,
@@ -148,16 +148,19 @@ def formats_document() -> Document:
     }
 
 
-def _head(command: str) -> Document:
+def head(command: str) -> Document:
+    """Return what every document begins with."""
     return {"schema": SCHEMA, "command": command, "tool": f"tcompress {__version__}"}
 
 
-def _tail(seconds: float) -> Document:
+def tail(seconds: float) -> Document:
+    """Return what every document of work ends with."""
     return {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
 
 
-def _stored(stored: Stored) -> Document:
-    return {"path": str(stored.path), "files": list(stored.files), "bytes": stored.nbytes, "sha256": stored.sha256}
+def stored(found: Stored) -> Document:
+    """Return where a checkpoint lies, its files, bytes and hash."""
+    return {"path": str(found.path), "files": list(found.files), "bytes": found.nbytes, "sha256": found.sha256}
 
 
 def _layer(result: LayerResult) -> Document:

@@ -14,7 +14,7 @@ def compression_markdown(document: Document) -> str:
     """Return the report of ``compress`` as a Markdown page."""
     source, output, totals = document["source"], document["output"], document["totals"]
     lines = [
-        f"# {document['tool']}: {_text(source['path'])}",
+        f"# {document['tool']}: {escaped(source['path'])}",
         "",
         "| | bytes | SHA-256 |",
         "|---|---|---|",
@@ -28,14 +28,15 @@ def compression_markdown(document: Document) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {_text(layer['name'])} | {layer['kind']} | {as_shape(layer['shape'])} | {layer['dtype']} "
-        f"| {_text(setting_text(layer))} | {layer['dense_bytes']} | {layer['stored_bytes']} "
+        f"| {escaped(layer['name'])} | {layer['kind']} | {as_shape(layer['shape'])} | {layer['dtype']} "
+        f"| {escaped(setting_text(layer))} | {layer['dense_bytes']} | {layer['stored_bytes']} "
         f"| {as_error(layer['relative_error'])} | {layer['seconds']:.3f} |"
         for layer in document["layers"]
     ]
     remarks = [*compression_summary(document), *(f"limit exceeded: {text}" for text in document["limits_exceeded"])]
-    return "\n".join([*lines, "", *(f"- {_text(remark)}" for remark in remarks)]) + "\n"
+    return "\n".join([*lines, "", *(f"- {escaped(remark)}" for remark in remarks)]) + "\n"
 
 
-def _text(words: str) -> str:
+def escaped(words: str) -> str:
+    """Return a stranger's words as text that Markdown leaves alone."""
     return printable(words).translate(_SPECIAL)

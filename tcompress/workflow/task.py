@@ -1,0 +1,281 @@
+"""Task files: a user's Python file says what a model is and how good it is.
+
+A task is plain functions in a file, or methods of an object in it, named as ``task.py:name``:
+
+    def model() -> torch.nn.Module                       the architecture; its weights do not matter
+    def evaluate(model) -> float | dict[str, float]      scores of a model with weights
+    def calibration_batches() -> Iterable                inputs of the model: a tensor, tuple or dict of tensors each
+    def train_batches() -> Iterable                      whatever loss takes
+    def loss(model, batch) -> torch.Tensor               one value
+    def example_inputs() -> a tensor, tuple or dict      inputs of the model, batch size first
+    def dynamic_shapes() -> tuple or dict                which of their sizes an exported model leaves open
+
+A tensor is the model's only argument, a tuple its arguments, a dict its arguments by name. Loading a task runs its
+file: nothing here protects from what it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import inspect
+import math
+import numbers
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from tcompress.errors import Stopped, TaskError, TcompressError, UsageError
+
+_SIGNATURES = {
+    "model": "def model() -> torch.nn.Module",
+    "evaluate": "def evaluate(model) -> float | dict[str, float]",
+    "calibration_batches": "def calibration_batches() -> Iterable[torch.Tensor | tuple | dict]",
+    "train_batches": "def train_batches() -> Iterable",
+    "loss": "def loss(model, batch) -> torch.Tensor",
+    "example_inputs": "def example_inputs() -> torch.Tensor | tuple | dict",
+    "dynamic_shapes": "def dynamic_shapes() -> tuple | dict",
+}
+_ARGUMENTS = {"evaluate": 1, "loss": 2}  # of the others none
+_MOST = 1000  # characters of somebody else's message
+
+
+class Task:
+    """What a user's file says about a model. Every call runs the user's code.
+
+    spec: ``task.py`` or ``task.py:name``, as it was asked for. path: the file.
+
+    What the code prints goes to stderr. Whatever it raises becomes a TaskError that names file, line, type and message;
+    KeyboardInterrupt, Stopped and errors of this package pass.
+    """
+
+    def __init__(self, spec: str, path: Path, functions: Mapping[str, Callable[..., Any]]) -> None:
+        self.spec = spec
+        self.path = path
+        self._functions = dict(functions)
+
+    def has(self, name: str) -> bool:
+        """Whether the task has this function, and it was asked for when the task was loaded."""
+        return name in self._functions
+
+    def model(self) -> nn.Module:
+        """Return a new model with weights of no meaning. Raises TaskError when it is no ``torch.nn.Module``."""
+        made = self._call("model")
+        if not isinstance(made, nn.Module):
+            raise self._wrong("model", made, "a torch.nn.Module")
+        return made
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Return the model's scores by name; a lone number is called ``score``.
+
+        Raises TaskError when they are no finite numbers, or there are none.
+        """
+        answer = self._call("evaluate", model)
+        scores = answer if isinstance(answer, Mapping) else {"score": answer}
+        if not scores or not all(isinstance(name, str) for name in scores):
+            raise self._wrong("evaluate", answer, "a number, or a dict of numbers by their names")
+        found = {}
+        for name, score in scores.items():
+            number = _number(score)
+            if number is None:
+                raise self._wrong(f"evaluate(model)[{name!r}]" if scores is answer else "evaluate", score, "a number")
+            if not math.isfinite(number):
+                raise TaskError(f"evaluate gives {number} as {name}; scores must be finite numbers", path=self.path)
+            found[name] = number
+        return found
+
+    def calibration_batches(self) -> Iterator[Any]:
+        """Yield inputs of the model. Raises TaskError when the user's iterable fails, or is none."""
+        return self._batches("calibration_batches")
+
+    def train_batches(self) -> Iterator[Any]:
+        """Yield batches for ``loss``. Raises TaskError when the user's iterable fails, or is none."""
+        return self._batches("train_batches")
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss, of shape (). Raises TaskError when it is no tensor of one floating value."""
+        found = self._call("loss", model, batch)
+        if not isinstance(found, Tensor) or found.numel() != 1 or not found.is_floating_point():
+            raise self._wrong("loss", found, "a tensor of one floating value")
+        return found.reshape(())
+
+    def example_inputs(self) -> Any:
+        """Return inputs of the model as the user gives them: a tensor, tuple or dict of tensors, batch size first."""
+        return self._call("example_inputs")
+
+    def dynamic_shapes(self) -> Any:
+        """Return what ``torch.export.export`` takes as its ``dynamic_shapes``, as the user gives it."""
+        return self._call("dynamic_shapes")
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return _run(self.path, self._functions[name], *arguments)
+
+    def _batches(self, name: str) -> Iterator[Any]:
+        found = self._call(name)
+        if not isinstance(found, Iterable):
+            raise self._wrong(name, found, "something to iterate over")
+        iterator, end = _run(self.path, iter, found), object()
+        while (batch := _run(self.path, next, iterator, end)) is not end:
+            yield batch
+
+    def _wrong(self, name: str, found: object, wanted: str) -> TaskError:
+        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        return TaskError(f"{name} gives {type(found).__name__}{shape}; it must give {wanted}", path=self.path)
+
+
+def load_task(spec: str, needs: Collection[str], uses: Collection[str] = ()) -> Task:
+    """Run a task's file and check what it has to have.
+
+    spec: ``task.py``, or ``task.py:name`` for an object in it: an instance, a namespace, or a class that is made
+    without arguments. needs: functions it must have. uses: functions that are called where it has them.
+
+    While the file and its functions run, its folder can be imported from; no bytecode is left there.
+
+    Raises UsageError, with everything that is missing at once, when the file, the object or a function is not there or
+    takes other arguments; TaskError when the file raises an exception.
+    """
+    path, name = _parts(spec)
+    module = _run(path, _load, path)
+    where, holder = str(path), module
+    if name is not None:
+        where, holder = f"{path}:{name}", _object(path, module, name)
+    found = {each: _run(path, getattr, holder, each, None) for each in (*needs, *uses)}
+    problems = [f"has no function {each}; write: {_SIGNATURES[each]}" for each in needs if found[each] is None]
+    there = {each: function for each, function in found.items() if function is not None}
+    problems += [text for each, function in there.items() if (text := _unfit(each, function)) is not None]
+    if problems:
+        raise UsageError("; and ".join(problems), path=where)
+    return Task(spec, path, there)
+
+
+def failed(error: BaseException, path: Path, why: str = "") -> TaskError:
+    """Return the one line that stands for an exception of a user's code: file:line, ``why``, type and message."""
+    line, trace = None, error.__traceback__
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename) == path.resolve():
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    try:
+        message = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001 - it is the user's __str__
+        message = ""
+    message = message if len(message) <= _MOST else message[:_MOST] + "..."
+    said = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return TaskError(why + said, path=path if line is None else f"{path}:{line}")
+
+
+def _parts(spec: str) -> tuple[Path, str | None]:
+    """Split ``task.py:name``, and see that the file is there."""
+    file, colon, name = spec.rpartition(":")
+    if not colon or spec.endswith(".py"):
+        file, name = spec, ""
+    elif not name.isidentifier():
+        raise UsageError(f"{name!r} names no object; write task.py, or task.py:name", path=spec)
+    path = Path(file)
+    if path.suffix != ".py":
+        raise UsageError("is no task file: a task is a Python file whose name ends with .py", path=path)
+    if not path.is_file():
+        raise UsageError("there is no such task file" if not path.exists() else "is no file", path=path)
+    return path, name or None
+
+
+def _load(path: Path) -> ModuleType:
+    """Run the file as a module of a private name: classes in it find their module there, as dataclasses must."""
+    full = path.resolve()
+    name = f"_tcompress_task_{hashlib.sha256(str(full).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, full)
+    assert spec is not None, "its suffix is .py"  # noqa: S101
+    loader = spec.loader
+    assert isinstance(loader, importlib.machinery.SourceFileLoader)  # noqa: S101
+    try:
+        # Apart from running it: an error of syntax is told by its own line, not by the line that imports.
+        loader.source_to_code(full.read_bytes(), str(full))
+    except SyntaxError as error:
+        raise UsageError(
+            f"is no Python: {error.msg}", path=path if error.lineno is None else f"{path}:{error.lineno}"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"is no Python: {error}", path=path) from error
+    except OSError as error:
+        raise UsageError(f"cannot be read ({error.strerror})", path=path) from error
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _object(path: Path, module: ModuleType, name: str) -> Any:
+    found = _run(path, getattr, module, name, None)
+    if found is None:
+        known = sorted(each for each in vars(module) if not each.startswith("_"))
+        raise UsageError(f"has no object {name}; it has {', '.join(known) or 'nothing'}", path=path)
+    if not isinstance(found, type):
+        return found
+    if not _accepts(found, 0):
+        raise UsageError("is a class that cannot be made without arguments", path=f"{path}:{name}")
+    return _run(path, found)
+
+
+def _unfit(name: str, function: object) -> str | None:
+    """Say why this object cannot be the function of that name, None when it can."""
+    if not callable(function):
+        return f"its {name} is no function but {type(function).__name__}; write: {_SIGNATURES[name]}"
+    count = _ARGUMENTS.get(name, 0)
+    if not _accepts(function, count):
+        return f"its {name} cannot be called with {count} argument(s); write: {_SIGNATURES[name]}"
+    return None
+
+
+def _accepts(function: Callable[..., Any], count: int) -> bool:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True  # one written in C may not tell
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
+def _number(score: object) -> float | None:
+    if isinstance(score, Tensor):
+        score = score.item() if score.numel() == 1 else score
+    elif hasattr(score, "dtype") and getattr(score, "ndim", None) == 0:
+        score = score.item()  # type: ignore[attr-defined]  # NumPy's arrays and scalars of one value
+    if isinstance(score, bool) or not isinstance(score, numbers.Real):
+        return None
+    return float(score)
+
+
+def _run(path: Path, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a user's function: at home in its folder, and with every exception turned into a line."""
+    try:
+        with _at_home(path), contextlib.redirect_stdout(sys.stderr):
+            return function(*arguments)
+    except (KeyboardInterrupt, Stopped, TcompressError):
+        raise
+    except BaseException as error:  # sys.exit() among them: it must not end the command without a word
+        raise failed(error, path) from error
+
+
+@contextlib.contextmanager
+def _at_home(path: Path) -> Iterator[None]:
+    home, wrote_none = str(path.resolve().parent), sys.dont_write_bytecode
+    sys.path.insert(0, home)
+    sys.dont_write_bytecode = True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = wrote_none
+        with contextlib.suppress(ValueError):  # the user's code may have changed it
+            sys.path.remove(home)
