@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tcompress.workflow.compression import compress, dry_run
     from tcompress.workflow.decompression import decompress
     from tcompress.workflow.evaluation import evaluate
+    from tcompress.workflow.exporting import export_onnx
     from tcompress.workflow.inspection import inspect
     from tcompress.workflow.loading import load_into, load_state_dict
     from tcompress.workflow.plan import Plan, Target, plan_for, read_plan
@@ -38,6 +39,7 @@ __all__ = [
     "decompress",
     "dry_run",
     "evaluate",
+    "export_onnx",
     "inspect",
     "load_into",
     "load_state_dict",
@@ -60,6 +62,7 @@ _HOME = {
     "decompress": "tcompress.workflow.decompression",
     "dry_run": "tcompress.workflow.compression",
     "evaluate": "tcompress.workflow.evaluation",
+    "export_onnx": "tcompress.workflow.exporting",
     "inspect": "tcompress.workflow.inspection",
     "load_into": "tcompress.workflow.loading",
     "load_state_dict": "tcompress.workflow.loading",

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tcompress.cli import analyze, compress, decompress, evaluate, formats, inspect, verify
+from tcompress.cli import analyze, compress, decompress, evaluate, export, formats, inspect, verify
 from tcompress.errors import Stopped, TcompressError, printable
 from tcompress.version import __version__
 
@@ -38,6 +38,7 @@ for command in (
     decompress.decompress,
     verify.verify,
     evaluate.evaluate,
+    export.export,
     formats.formats,
 ):
     app.command()(command)

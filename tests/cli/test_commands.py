@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-COMMANDS = ["inspect", "analyze", "compress", "decompress", "verify", "evaluate", "formats"]
+COMMANDS = ["inspect", "analyze", "compress", "decompress", "verify", "evaluate", "export", "formats"]
 
 
 def test_there_and_back_in_three_commands(tcompress, model_file):
