@@ -27,12 +27,12 @@ class Stages:
     middle: Tensor
     in_map: Tensor | None
 
-    def linear(self, x: Tensor) -> Tensor:
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return what the maps make of x: (..., in)."""
         inner = x if self.in_map is None else F.linear(x, self.in_map)
-        return F.linear(F.linear(inner, self.middle), self.out_map)
+        return F.linear(F.linear(inner, self.middle), self.out_map, bias)
 
-    def conv(self, x: Tensor, **geometry: Any) -> Tensor:
+    def conv(self, x: Tensor, bias: Tensor | None = None, **geometry: Any) -> Tensor:
         """Return the convolution of x: (batch, groups * in, *sizes) with every group's kernel in turn."""
         groups, dimensions = int(geometry.get("groups", 1)), self.middle.ndim - 2
         convolve, ones = CONV[self.middle.ndim], (1,) * dimensions
@@ -43,7 +43,7 @@ class Stages:
             inner = convolve(inner, self.in_map.reshape(*self.in_map.shape, *ones))
         inner = convolve(inner, self.middle, **{**geometry, "groups": 1})
         inner = inner.reshape(batch, groups * inner.shape[1], *inner.shape[2:])
-        return convolve(inner, self.out_map.reshape(*self.out_map.shape, *ones), groups=groups)
+        return convolve(inner, self.out_map.reshape(*self.out_map.shape, *ones), bias, groups=groups)
 
     def embedding(self, ids: Tensor) -> Tensor:
         """Return the rows of these ids."""
@@ -120,11 +120,11 @@ class PreparedStages(Factorization):
         operations = first + groups * middle.numel() + self.shape[0] * out_map.shape[1]
         return dense_effort(operations, n, calls=2 if in_map is None else 3)
 
-    def linear(self, x: Tensor) -> Tensor:
-        return self.stages.linear(x)
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.stages.linear(x, bias)
 
-    def conv(self, x: Tensor, **geometry: Any) -> Tensor:
-        return self.stages.conv(x, **geometry)
+    def conv(self, x: Tensor, bias: Tensor | None = None, **geometry: Any) -> Tensor:
+        return self.stages.conv(x, bias, **geometry)
 
     def embedding(self, ids: Tensor) -> Tensor:
         return self.stages.embedding(ids)

@@ -23,6 +23,8 @@ from tcompress.linalg.folding import balanced_modes
 from tcompress.linalg.scaling import even_ranges
 from tcompress.linalg.tensor_train import tt_full, tt_svd
 
+_CONV_SLOWNESS = 30.0  # its convolution has one channel for each output, which no library is quick at
+
 
 @dataclass(frozen=True)
 class TTMatrix(TT):
@@ -84,6 +86,10 @@ class TensorTrainMatrix(Factorization):
             return _operations(list(self.cores))
         *channels, spatial = self.cores
         return _operations(channels) * steps + self.shape[0] * int(spatial.numel())
+
+    def effort(self, n: int, *, groups: int = 1, steps: int = 1) -> float:
+        found = super().effort(n, groups=groups, steps=steps)
+        return found if len(self.shape) == 2 else _CONV_SLOWNESS * found
 
     def linear(self, x: Tensor) -> Tensor:
         cores = list(self.cores)

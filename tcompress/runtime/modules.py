@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tcompress.formats import Format
 from tcompress.formats.base import CONV, Factorization
+from tcompress.formats.staged import PreparedStages
 from tcompress.runtime.packed import PackedFactorization
 from tcompress.runtime.ways import (
     Kept,
@@ -169,6 +170,8 @@ class FactorizedLinear(Factorized):
         if self.cache == "never" or self._trains():
             return self._with_bias(self._by_factors("linear", x))
         way = self._way(math.prod(x.shape[:-1]))
+        if isinstance(way, PreparedStages):
+            return way.linear(x, self.bias)
         return F.linear(x, way, self.bias) if isinstance(way, Tensor) else self._with_bias(way.linear(x))
 
     def _with_bias(self, y: Tensor) -> Tensor:
@@ -201,6 +204,8 @@ class FactorizedConv(Factorized):
         way = self._way(self._positions(x), **geometry)
         if isinstance(way, Tensor):
             return CONV[len(self.factors.shape)](x, way, self.bias, **geometry)
+        if isinstance(way, PreparedStages):
+            return way.conv(x, self.bias, **geometry)
         return self._with_bias(way.conv(x, **geometry))
 
     def _with_bias(self, y: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 Every line is one layer and one batch: milliseconds of the dense layer; of the layer as `load_into` makes it
 (`cache="auto"`), which took what stands before its time; through the factors; with `cache="never"`; and of tltorch's
-layer of the same ratio of parameters, the faster of its two implementations. The columns after them are times faster
-than dense. The factors are random: time does not depend on their values.
+layer of the same modes and number of parameters, the faster of its two implementations. The columns after them are
+times faster than dense. The factors are random: time does not depend on their values.
 
-    python tests/benchmarks/runtime.py [--quick] [--rounds 7] [--threads 2] [--device cuda --dtype bf16]
+    python tests/benchmarks/runtime.py [--quick] [--rounds 9] [--threads 2] [--device cuda --dtype bf16]
+                                       [--shape 4096x4096]
 
 `--sparse` prints the measurement behind the choice of a way for sparse matrices instead.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -58,27 +58,30 @@ CONV_SETTINGS = [
     *(f"reshaped-sum:rank={rank}" for rank in (8, 64)),
     "sparse:density=0.1",
 ]
+_MOST_OF_PEER = 100_000  # values of a CP or Tucker layer
+_WINDOW = 0.01  # seconds
 _HOPELESS = 10  # times the dense effort: not measured
-_TOO_SLOW = 2.0  # seconds of one call of a peer, foreseen from one input: not measured either
+_TOO_SLOW = 0.3  # seconds of one call of a peer, foreseen from one input: not measured either
 PEERS = {"ttm": "blocktt", "tt": "tt", "tucker": "tucker", "cp": "cp"}
 
 
 def seconds_each(calls: Sequence[Callable[[], object]], rounds: int, device: str) -> list[float]:
-    """Return the median time of each call, all of them timed in turn, round after round."""
+    """Return the least time of each call over the rounds, in which all of them are timed in turn."""
     found: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
         call()
-    for _ in range(rounds):
-        for times, call in zip(found, calls, strict=True):
+    for number in range(rounds):
+        in_turn = list(zip(found, calls, strict=True))
+        for times, call in in_turn if number % 2 else reversed(in_turn):
             count, start = 0, time.perf_counter()
-            while time.perf_counter() - start < 0.02 or count < 1:
+            while time.perf_counter() - start < _WINDOW or count < 1:
                 call()
                 count += 1
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - start) / count)
-    return [statistics.median(times) for times in found]
+    return [min(times) for times in found]
 
 
 def random_layer(dense: nn.Module, setting: Format, cache: str) -> Factorized:
@@ -116,11 +119,12 @@ def peer(dense: nn.Module, name: str, setting: Format) -> list[nn.Module]:
     for implementation in ("factorized", "reconstructed"):
         try:
             if isinstance(dense, nn.Linear):
-                kind = "blocktt" if name == "tt" else PEERS[name]
+                modes, kind = _modes(setting, shape), "blocktt" if name == "tt" else PEERS[name]
+                if name in {"cp", "tucker"} and stored > _MOST_OF_PEER:  # it would need all of the memory
+                    continue
                 layer = tltorch.FactorizedLinear(
-                    (8, 8, shape[1] // 64), (8, 8, shape[0] // 64), rank=ratio, factorization=kind,
-                    implementation=implementation,
-                )  # fmt: skip
+                    modes[1], modes[0], rank=ratio, factorization=kind, implementation=implementation
+                )
             else:
                 layer = tltorch.FactorizedConv(
                     shape[1], shape[0], shape[2:], order=2, padding=1, has_bias=True, rank=ratio,
@@ -168,6 +172,14 @@ def table(dense: nn.Module, texts: Sequence[str], inputs: Sequence[Tensor], roun
             ]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
         del always
+
+
+def _modes(setting: Format, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the setting's own modes of both sides, or two a side where it has others for each."""
+    out_modes, in_modes = (setting.options().get(which) for which in ("out_modes", "in_modes"))
+    if out_modes and in_modes and len(out_modes) == len(in_modes):
+        return tuple(out_modes), tuple(in_modes)
+    return (shape[0] // 32, 32), (shape[1] // 64, 64)
 
 
 def _ms(seconds: float | None) -> str:
@@ -220,11 +232,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--sparse", action="store_true")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="formats with this in their text")
+    parser.add_argument("--shape", default="", help="1024x4096, 4096x4096 or 256x256x3x3; all of them if not given")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
@@ -237,10 +250,12 @@ def main() -> None:
                 "auto", "factors", "auto over tltorch"]  # fmt: skip
         print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
         kind = {"device": asked.device, "dtype": torch.float32 if asked.dtype == "fp32" else torch.bfloat16}
-        for out, in_ in LINEAR:
+        for out, in_ in [sizes for sizes in LINEAR if asked.shape in {"", f"{sizes[0]}x{sizes[1]}"}]:
             dense = nn.Linear(in_, out, **kind).eval()
             inputs = [torch.randn(batch, in_, **kind) for batch in BATCHES]
             table(dense, [t for t in LINEAR_SETTINGS if asked.only in t], inputs, asked.rounds, asked.quick)
+        if asked.shape not in {"", "x".join(map(str, CONV))}:
+            return
         conv = nn.Conv2d(CONV[1], CONV[0], 3, padding=1, **kind).eval()
         images = [torch.randn(batch, CONV[1], SIZE, SIZE, **kind) for batch in BATCHES]
         table(conv, [t for t in CONV_SETTINGS if asked.only in t], images, asked.rounds, asked.quick)
