@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tcompress.errors import FormatError
 from tcompress.formats.base import CONV, Factorization, Shape
+from tcompress.formats.effort import dense_effort
 from tcompress.formats.folded import Ranks
 from tcompress.formats.folding import Folding, Modes
 from tcompress.formats.tt import TT, cores_of
@@ -128,14 +129,59 @@ class TensorTrainMatrix(Factorization):
         padded_in = self.folding.padded[1]
         if padded_in != x.shape[1]:
             x = torch.nn.functional.pad(x, (0, padded_in - x.shape[1]))
-        # Not len(x): an export leaves the size of a batch open, and len() would write it down.
-        state = x.reshape(x.shape[0], 1, 1, padded_in)  # (inputs, outputs so far, rank, inputs left)
-        for core in cores:
-            rank, i, j, after = core.shape
-            inputs, outputs, left = state.shape[0], state.shape[1], state.shape[3] // j
-            split = state.reshape(inputs, outputs, rank, j, left)
-            state = torch.einsum("nprjq,rijs->npisq", split, core).reshape(inputs, outputs * i, after, left)
-        return state[:, : self.shape[0], :, 0]
+        return contracted(x, [_as_matrix(core) for core in cores], cores)[:, : self.shape[0]]
+
+    def prepared(self) -> Factorization:
+        return self if len(self.shape) > 2 else PreparedTrain(self.folding, list(self.cores))
+
+
+class PreparedTrain(Factorization):
+    """A tensor-train matrix that runs through its cores whatever they take beside the dense weight."""
+
+    def __init__(self, folding: Folding, cores: list[Tensor]) -> None:
+        super().__init__()
+        self.shape, self.folding = folding.shape, folding
+        self.cores = [core.detach() for core in cores]
+        self.matrices = [_as_matrix(core).contiguous() for core in self.cores]
+
+    def reconstruct(self) -> Tensor:
+        return self.folding.unfold(tt_full([core.flatten(1, 2) for core in self.cores]))
+
+    def effort(self, n: int, *, groups: int = 1, steps: int = 1) -> float:
+        del groups, steps
+        # The cores are read once, and used again and again for one input: unlike a dense weight they stay at hand.
+        used = _operations(self.cores) * n
+        return dense_effort(sum(core.numel() for core in self.cores), 1, calls=2 * len(self.cores)) + used
+
+    def linear(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.shape[1])
+        if self.folding.is_padded:
+            flat = torch.nn.functional.pad(flat, (0, self.folding.padded[1] - self.shape[1]))
+        found = contracted(flat, self.matrices, self.cores)[:, : self.shape[0], 0]
+        return found.reshape(*x.shape[:-1], self.shape[0])
+
+
+def _as_matrix(core: Tensor) -> Tensor:
+    """Return a core (r, i, j, s) as the (i s, r j) matrix that it multiplies with."""
+    rank, i, j, after = core.shape
+    return core.permute(1, 3, 0, 2).reshape(i * after, rank * j)
+
+
+def contracted(x: Tensor, matrices: list[Tensor], cores: list[Tensor]) -> Tensor:
+    """Return (inputs, out, rank of the last core) for x: (inputs, in); no step has to move values to other places."""
+    state = x  # (inputs, outputs so far, rank, inputs left), flattened
+    outputs = 1
+    left = x.shape[1]
+    for core, matrix in zip(cores, matrices, strict=True):
+        rank, i, j, _ = core.shape
+        left //= j
+        rows = x.shape[0] * outputs
+        if left == 1:
+            state = torch.nn.functional.linear(state.reshape(rows, rank * j), matrix)
+        else:
+            state = torch.matmul(matrix, state.reshape(rows, rank * j, left))
+        outputs *= i
+    return state.reshape(x.shape[0], outputs, cores[-1].shape[3])
 
 
 def _pairs(folding: Folding) -> list[tuple[int, int]]:

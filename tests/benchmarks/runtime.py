@@ -59,6 +59,7 @@ CONV_SETTINGS = [
     "sparse:density=0.1",
 ]
 _MOST_OF_PEER = 100_000  # values of a CP or Tucker layer
+_NEAR = 0.1
 _WINDOW = 0.01  # seconds
 _HOPELESS = 10  # times the dense effort: not measured
 _TOO_SLOW = 0.3  # seconds of one call of a peer, foreseen from one input: not measured either
@@ -109,33 +110,41 @@ def settings(texts: Sequence[str], shape: tuple[int, ...]) -> Iterator[tuple[str
 
 
 def peer(dense: nn.Module, name: str, setting: Format) -> list[nn.Module]:
-    """Return tltorch's layers with as many parameters, one for each implementation."""
+    """Return tltorch's layers with as many parameters, to a tenth, one for each implementation."""
     if tltorch is None or name not in PEERS:
         return []
     shape = tuple(dense.weight.shape)
     stored = sum(spec.values for spec in setting.factor_specs(shape, torch.float32).values())
-    ratio = stored / math.prod(shape)
+    if isinstance(dense, nn.Linear) and name in {"cp", "tucker"} and stored > _MOST_OF_PEER:
+        return []  # it would need all of the memory
     made = []
     for implementation in ("factorized", "reconstructed"):
+        ratio = stored / math.prod(shape)
         try:
-            if isinstance(dense, nn.Linear):
-                modes, kind = _modes(setting, shape), "blocktt" if name == "tt" else PEERS[name]
-                if name in {"cp", "tucker"} and stored > _MOST_OF_PEER:  # it would need all of the memory
-                    continue
-                layer = tltorch.FactorizedLinear(
-                    modes[1], modes[0], rank=ratio, factorization=kind, implementation=implementation
-                )
-            else:
-                layer = tltorch.FactorizedConv(
-                    shape[1], shape[0], shape[2:], order=2, padding=1, has_bias=True, rank=ratio,
-                    factorization=PEERS[name], implementation=implementation,
-                )  # fmt: skip
-            for parameter in layer.parameters():
-                nn.init.normal_(parameter, std=0.1)
-            made.append(layer.to(dense.weight).eval().requires_grad_(False))
+            for _ in range(12):  # its ranks are not quite those that make the ratio asked for
+                layer = _peer(dense, name, setting, ratio, implementation)
+                count = sum(p.numel() for key, p in layer.named_parameters() if key != "bias")
+                if abs(count / stored - 1) < _NEAR:
+                    break
+                ratio *= stored / count
         except Exception:  # noqa: BLE001  # a combination that it does not have is no line of the table
             continue
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        made.append(layer.to(dense.weight).eval().requires_grad_(False))
     return made
+
+
+def _peer(dense: nn.Module, name: str, setting: Format, ratio: float, implementation: str) -> nn.Module:
+    shape = tuple(dense.weight.shape)
+    if isinstance(dense, nn.Linear):
+        out_modes, in_modes = _modes(setting, shape)
+        kind = "blocktt" if name == "tt" else PEERS[name]
+        return tltorch.FactorizedLinear(
+            in_modes, out_modes, rank=ratio, factorization=kind, implementation=implementation
+        )
+    options = {"padding": 1, "has_bias": True, "order": 2, "factorization": PEERS[name]}
+    return tltorch.FactorizedConv(shape[1], shape[0], shape[2:], rank=ratio, implementation=implementation, **options)
 
 
 def table(dense: nn.Module, texts: Sequence[str], inputs: Sequence[Tensor], rounds: int, quick: bool) -> None:
