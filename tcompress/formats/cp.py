@@ -102,7 +102,7 @@ class CP(Folded):
 class CPTensor(Factorization):
     """weights: (R,); factors: (n_k, R) each, their columns of one norm."""
 
-    slowness: ClassVar[float] = 2.0  # it multiplies elementwise, which is bound by memory
+    slowness: ClassVar[float] = 3.0  # it multiplies elementwise, which is bound by memory
 
     def __init__(self, folding: Folding, weights: Tensor, factors: list[Tensor]) -> None:
         super().__init__()

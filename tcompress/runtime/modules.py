@@ -158,6 +158,11 @@ class Factorized(nn.Module):
         return f"{sizes}, {self.setting}, bias={self.bias is not None}, cache={self.cache}"
 
 
+def added(y: Tensor, bias: Tensor) -> Tensor:
+    """Return y + bias; in the memory of y, which a layer has just made, where no gradient needs it as it was."""
+    return y + bias if torch.is_grad_enabled() else y.add_(bias)
+
+
 class FactorizedLinear(Factorized):
     """Maps (..., in) to (..., out), as nn.Linear."""
 
@@ -175,7 +180,7 @@ class FactorizedLinear(Factorized):
         return F.linear(x, way, self.bias) if isinstance(way, Tensor) else self._with_bias(way.linear(x))
 
     def _with_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if self.bias is None else added(y, self.bias.to(y.dtype))
 
 
 class FactorizedConv(Factorized):
@@ -209,7 +214,7 @@ class FactorizedConv(Factorized):
         return self._with_bias(way.conv(x, **geometry))
 
     def _with_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, *[1] * (y.ndim - 2))
+        return y if self.bias is None else added(y, self.bias.to(y.dtype).reshape(-1, *[1] * (y.ndim - 2)))
 
     def _positions(self, x: Tensor) -> int:
         """Output positions, near enough: what padding adds the kernel takes away."""
