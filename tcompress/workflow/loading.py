@@ -21,7 +21,7 @@ from tcompress.runtime.modules import Factorized
 from tcompress.runtime.packed import assemble
 from tcompress.runtime.ways import check_cache
 from tcompress.workflow.decoding import CompressedView, view
-from tcompress.workflow.matching import Place, places_in, require_fit, together, without_prefix
+from tcompress.workflow.matching import Place, homes_of, places_in, require_fit, without_prefix
 from tcompress.workflow.reading import LayerParts, read_layers
 
 Source = Path | str | Checkpoint
@@ -49,7 +49,7 @@ def load_into(model: nn.Module, source: Source, *, strip_prefix: str = "", cache
         places = places_in(model)
         require_fit(model, places, {name: dense.infos[stored].shape for name, stored in names.items()}, checkpoint.path)
         layers = read_layers(dense)
-        homes = {name: together(places, places[name]) for name in names}
+        homes = homes_of(names, places)
         _require_equal_ties(dense, names, homes, layers)
         once = {homes[name][0].identity: name for name in reversed(names)}
         firsts = {name: dense.manifest.tied.get(names[name], names[name]) for name in reversed(once.values())}
@@ -87,13 +87,14 @@ def load_state_dict(source: Source, model: nn.Module | None = None, *, strip_pre
             raise UsageError("the model has factorised layers; dense tensors need a model as it was built")
         if model is not None:
             require_fit(model, places, {name: infos[stored].shape for name, stored in names.items()}, checkpoint.path)
+        homes = {} if model is None else homes_of(names, places)
         found = {}
         for name, stored in names.items():
             tensor = checkpoint.read(stored) if dense is None else dense.read(stored, _CPU)
             if model is None:
                 found[name] = tensor.clone()  # what was read may lie in the mapped file
             else:
-                _fill(together(places, places[name]), tensor)
+                _fill(homes[name], tensor)
         if model is not None:
             filled = {name: place.held for name, place in places_in(model).items() if name in names}
             found = {name: held.detach() for name, held in filled.items() if isinstance(held, Tensor)}

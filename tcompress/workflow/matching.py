@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -71,9 +71,12 @@ def places_in(model: nn.Module) -> dict[str, Place]:
     return found
 
 
-def together(places: Mapping[str, Place], place: Place) -> list[Place]:
-    """Return all places of the tensor that is in one of them."""
-    return [other for other in places.values() if other.identity == place.identity]
+def homes_of(names: Iterable[str], places: Mapping[str, Place]) -> dict[str, list[Place]]:
+    """Return for each name all places of its tensor, which are several where the model ties it."""
+    together: dict[int, list[Place]] = {}
+    for place in places.values():
+        together.setdefault(place.identity, []).append(place)
+    return {name: together[places[name].identity] for name in names}
 
 
 def _is_inside(owner: str, found: Mapping[str, Place]) -> bool:
