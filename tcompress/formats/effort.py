@@ -9,7 +9,7 @@ from __future__ import annotations
 CALL = 200_000.0  # a call into the library, however small its operands
 _READ = 8.0  # a weight is read once, which costs as much as multiplying it so often
 _READ_ALONE = 5.0  # with one position there is nothing else to do
-_SPARSE_ALONE = 45.0  # a nonzero for one position
+_SPARSE_ALONE = 35.0  # a nonzero for one position
 _SPARSE_READ = 30.0
 _SPARSE = 4.0  # and for each of many; more when their inputs no longer stay in the cache
 _SPARSE_MANY = 6.0
