@@ -12,7 +12,7 @@ from tcompress.cli.options import Json, Key, Model, Threads, pick_device, set_th
 
 
 class Caching(StrEnum):
-    """Whether factorised layers keep their dense weight; the words of ``workflow.evaluation.CACHES``."""
+    """Whether factorised layers keep their dense weight; the words of ``load_into``."""
 
     NEVER = "never"
     AUTO = "auto"

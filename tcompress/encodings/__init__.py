@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tcompress.encodings.base import CODED, INT4, Coding, FactorSpec, PartSpec, Support, Values, value_type
+from tcompress.encodings.base import INT4, Coding, FactorSpec, PartSpec, Support, Values, value_type
 from tcompress.encodings.choice import ENCODINGS, VALUES, cheapest, cheapest_bytes, find, measured
 
 __all__ = [
-    "CODED",
     "ENCODINGS",
     "INT4",
     "VALUES",

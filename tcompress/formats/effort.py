@@ -9,6 +9,7 @@ from __future__ import annotations
 CALL = 200_000.0  # a call into the library, however small its operands
 _READ = 8.0  # a weight is read once, which costs as much as multiplying it so often
 _READ_ALONE = 5.0  # with one position there is nothing else to do
+_SPARSE_CALLS = 3  # what a product with compressed rows takes before it starts, in calls
 _SPARSE_ALONE = 35.0  # a nonzero for one position
 _SPARSE_READ = 30.0
 _SPARSE = 4.0  # and for each of many; more when their inputs no longer stay in the cache
@@ -24,5 +25,5 @@ def dense_effort(weights: float, n: int, *, calls: int = 1) -> float:
 def sparse_effort(nonzeros: int, n: int) -> float:
     """Return the effort of a product with compressed rows."""
     if n < 2:
-        return CALL + nonzeros * _SPARSE_ALONE
-    return CALL + nonzeros * (_SPARSE_READ + (_SPARSE if n < _MANY else _SPARSE_MANY) * n)
+        return _SPARSE_CALLS * CALL + nonzeros * _SPARSE_ALONE
+    return _SPARSE_CALLS * CALL + nonzeros * (_SPARSE_READ + (_SPARSE if n < _MANY else _SPARSE_MANY) * n)

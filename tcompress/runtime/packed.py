@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
@@ -179,8 +178,3 @@ def _attach(root: nn.Module, name: str, held: nn.Parameter | Packed) -> None:
         root.add_module(last, held)
     else:
         root.register_parameter(last, held)
-
-
-def nbytes(factors: Factorization) -> int:
-    """Return the bytes that the factors take in memory."""
-    return sum(math.prod(t.shape) * t.element_size() for t in (*factors.parameters(), *factors.buffers()))

@@ -28,7 +28,6 @@ from tcompress.workflow.task import Task, load_task
 
 NEEDS = ("model", "evaluate")  # functions that a task must have for evaluate(), and those that are used if there
 USES = ("example_inputs", "calibration_batches")
-CACHES = ("never", "auto", "always")  # whether factorised layers keep their dense weight
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def evaluate(
     Both begin with the same random seeds.
 
     task: loaded with ``NEEDS`` and ``USES``. against: the dense checkpoint; without it, the decompressed weights.
-    strip_prefix: what the checkpoint's names have in front of the model's. cache: one of ``CACHES``.
+    strip_prefix: what the checkpoint's names have in front of the model's. cache: as in ``load_into``.
 
     Raises UsageError when ``compressed`` is not compressed, or ``against`` is; TaskError when the task's code fails, a
     process dies, or the model does not accept the inputs; InputError and UsageError when weights and model do not fit.

@@ -21,7 +21,7 @@ from tcompress.checkpoint.output import Output
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.shards import Contents, Layout
 from tcompress.checkpoint.writer import Piece
-from tcompress.encodings import CODED, INT4
+from tcompress.encodings import INT4
 from tcompress.errors import NumericalError, UsageError
 from tcompress.formats.grouped import GroupFormat
 from tcompress.linalg.distance import compare
@@ -34,6 +34,8 @@ from tcompress.workflow.layout import described, entry_of, stored_name
 from tcompress.workflow.matching import Place, places_in
 from tcompress.workflow.reading import fingerprint_of
 from tcompress.workflow.results import Stored, measure
+
+_CODES = {"int8": torch.int8, "int4": INT4}
 
 
 def save_compressed(
@@ -120,10 +122,8 @@ def _type_of(held: nn.Parameter | Packed) -> torch.dtype:
     """Return the type that a factor is stored in; codes have one of their own."""
     if not isinstance(held, Packed):
         return held.dtype
-    codes = {"int8": torch.int8, "int4": INT4}
-    assert set(codes.values()) == set(CODED)  # noqa: S101
     name = held.coding.values
-    return codes[name] if name is not None else held().dtype
+    return held().dtype if name is None else _CODES[name]
 
 
 def _apart(

@@ -38,7 +38,7 @@ try:
 except ImportError:
     tltorch = None
 
-LINEAR = [(1024, 4096), (4096, 4096)]
+LINEAR = [(384, 384), (1024, 4096), (4096, 4096)]
 CONV = (256, 256, 3, 3)
 SIZE = 28
 BATCHES = (1, 32)
@@ -247,7 +247,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--only", default="", help="formats with this in their text")
-    parser.add_argument("--shape", default="", help="1024x4096, 4096x4096 or 256x256x3x3; all of them if not given")
+    parser.add_argument(
+        "--shape", default="", help="384x384, 1024x4096, 4096x4096 or 256x256x3x3; all of them if not given"
+    )
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
