@@ -6,7 +6,8 @@ Letters: a weight is ``(out, in)``, ``(out, in / groups, *kernel)`` or ``(rows, 
 Laws, held by tests for every format: reconstruct() has the weight's shape; more stored bytes never mean a larger
 error; running through the factors equals the dense operation on reconstruct(); load(shape, factors) is identical;
 stored_bytes bounds the bytes on disk; within() fits and one step richer does not; pinned() gives the same factors;
-fit is deterministic and leaves its input unchanged; no fit returns NaN.
+fit is deterministic and leaves its input unchanged; no fit returns NaN; a fit that knows the second moment of the
+layer's input leaves no larger error of the output than one that does not.
 
 Operations are counted in multiplications per input, with the dense weight taken to be at hand: that is how a model
 that runs often would hold it.
@@ -114,10 +115,13 @@ class Format(ABC):
     exact_bytes: ClassVar[bool] = True  # known before the fit; else stored_bytes is an upper bound until then
 
     @abstractmethod
-    def fit(self, weight: Tensor) -> Factorization:
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
         """Return the best factorization of a finite float32 weight that this setting allows.
 
-        Pure and deterministic. Raises NumericalError when the computation breaks down.
+        gram: the second moment E[x xT] of the layer's input, (fan_in, fan_in), or its diagonal (fan_in,). With it the
+        error of the layer's output becomes small, tr(E G ET) for E = weight - reconstruction as (out, fan_in), and is
+        never larger than that of the fit without; None stands for the identity.
+        Pure and deterministic. Raises NumericalError when the computation breaks down, or gram is no second moment.
         """
 
     def unpruned(self, weight: Tensor) -> Tensor:

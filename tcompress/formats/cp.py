@@ -20,6 +20,7 @@ from tcompress.errors import FormatError
 from tcompress.formats.base import CONV, Factorization, Shape, require_count
 from tcompress.formats.folded import Folded, Ranks
 from tcompress.formats.folding import Folding
+from tcompress.formats.for_output import refined
 from tcompress.formats.search import smallest_within
 from tcompress.formats.ttm import digits
 from tcompress.linalg.cp import cp_als, cp_reconstruct
@@ -71,12 +72,12 @@ class CP(Folded):
         (rank,) = ranks
         return {"weights": (rank,), **{f"factors.{k}": (size, rank) for k, size in enumerate(folding.sizes)}}
 
-    def fit(self, weight: Tensor) -> Factorization:
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
         folding = self.folding(tuple(weight.shape))
         (rank,) = self.clipped(folding)
         weights, factors = cp_als(folding.fold(weight), rank, seed=self.seed, starts=self.starts)
         weights, *factors = even_ranges([weights, *factors])
-        return CPTensor(folding, weights, factors)
+        return refined(CPTensor(folding, weights, factors), weight, gram)
 
     @classmethod
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.formats.base import Factorization, Format, Shape
+from tcompress.formats.for_output import refined
 
 Specs = Mapping[str, FactorSpec]
 Factors = Mapping[str, Tensor]
@@ -52,9 +53,9 @@ class GroupFormat(Format):
         shared, own = self.group_specs(shape, dtype, members)
         return sum(map(cheapest_bytes, shared.values())) + members * sum(map(cheapest_bytes, own.values()))
 
-    def fit(self, weight: Tensor) -> Factorization:
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
         shared, (own,) = self.fit_together([weight])
-        return self.load(tuple(weight.shape), {**shared, **own})
+        return refined(self.load(tuple(weight.shape), {**shared, **own}), weight, gram)
 
     def factor_specs(self, shape: Shape, dtype: torch.dtype, nonzeros: int | None = None) -> Specs:
         del nonzeros

@@ -26,14 +26,15 @@ from tcompress.formats.base import (
     require_count,
     require_matrix_like,
 )
+from tcompress.formats.for_output import best_for_output, unit_moment
 from tcompress.formats.inner import parse_inner, sizes_of, text_of
 from tcompress.formats.low_rank_part import alternate, alternate_for_output, fit_around, solver_for
 from tcompress.formats.options import make
 from tcompress.formats.sparse import Sparse, SparseMatrix
 from tcompress.linalg.distance import compare, frobenius_norm
 from tcompress.linalg.magnitude import keep_largest, smallest_count_for_error
-from tcompress.linalg.output_error import require_moment, scales_of
-from tcompress.linalg.svd import scaled_to_unit
+from tcompress.linalg.output_error import sparse_in_metric
+from tcompress.linalg.svd import scaled_to_unit, times_power_of_two
 
 METHODS = ("alternating", "residual", "masking")
 RECONSTRUCTIONS = ("additive", "masking")
@@ -128,30 +129,36 @@ class LowRankSparse(Format):
         return kind.within(shape, torch.float32, elements * torch.float32.itemsize, **options)
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
-        """Return the parts. gram: the input's second moment, (fan_in, fan_in), or its diagonal, for ``alternating``.
+        low, rest = self._low_rank_part(weight, self.low_rank_setting(tuple(weight.shape)))
+        plain = self._together(weight, low, keep_largest(rest, self.kept(weight.numel())), rest)
+        if gram is None:
+            return plain
+        moment = unit_moment(weight, gram)
+        # Both are local optima, and either may be the better one.
+        return best_for_output([self._fit_for_output(weight, moment), plain], weight, moment)
 
-        With a gram the error of the layer's output is what becomes small, tr((A - L - S) G (A - L - S)T).
-        Raises NumericalError when the computation breaks down, or gram is no second moment.
-        """
-        shape = tuple(weight.shape)
-        count, matrix = self.kept(weight.numel()), matrix_of(weight)
-        if gram is not None:
-            require_moment(gram, matrix.shape[1])
-            gram = scaled_to_unit(gram)[0].to(matrix.dtype)  # its size says nothing of what is best
+    def _fit_for_output(self, weight: Tensor, gram: Tensor) -> Factorization:
+        shape, count, matrix = tuple(weight.shape), self.kept(weight.numel()), matrix_of(weight)
         inner = self.low_rank_setting(shape)
-        both = gram is not None and inner is not None and self._alternates(weight)
-        if both and inner is not None and gram is not None:
+        if inner is not None and self._alternates(weight):
             solver = solver_for(inner, shape, gram)
             found, sparse = alternate_for_output(solver, weight, gram, count, self.rounds)
             low: Factorization | None = found
             rest = matrix - found.reconstruct().detach().reshape(matrix.shape)
         else:
-            low, rest = self._low_rank_part(weight, inner)
-            sparse = _largest_for_output(rest, count, gram)
-        if self.reconstruction == "masking" and low is not None:
-            # Kept entries stand for themselves. With a gram they also make good what others lack: S - (A - L) more.
-            sparse = torch.where(sparse != 0, matrix + (sparse - rest) if both else matrix, 0)
-        return LowRankPlusSparse(shape, low, SparseMatrix(shape, sparse), masking=self.reconstruction == "masking")
+            low, rest = self._low_rank_part(weight, inner, gram)
+            scaled, exponent = scaled_to_unit(rest)
+            sparse = sparse_in_metric(scaled, gram, lambda values: keep_largest(values, count))
+            sparse = times_power_of_two(sparse, exponent) if exponent else sparse
+        return self._together(weight, low, sparse, rest)
+
+    def _together(self, weight: Tensor, low: Factorization | None, sparse: Tensor, rest: Tensor) -> Factorization:
+        """Return L and S as a factorization; rest: A - L."""
+        masking = self.reconstruction == "masking"
+        if masking and low is not None:
+            # Kept entries stand for themselves. For an output they also make good what others lack: S - (A - L) more.
+            sparse = torch.where(sparse != 0, matrix_of(weight) + (sparse - rest), 0)
+        return LowRankPlusSparse(tuple(weight.shape), low, SparseMatrix(tuple(weight.shape), sparse), masking=masking)
 
     def unpruned(self, weight: Tensor) -> Tensor:
         first = replace(self, method="residual") if self.method == "alternating" else self
@@ -160,8 +167,10 @@ class LowRankSparse(Format):
     def _alternates(self, weight: Tensor) -> bool:
         return self.method == "alternating" and 0 < self.kept(weight.numel()) < weight.numel()
 
-    def _low_rank_part(self, weight: Tensor, inner: Format | None) -> tuple[Factorization | None, Tensor]:
-        """Return L, if there is to be any, and A - L as a matrix."""
+    def _low_rank_part(
+        self, weight: Tensor, inner: Format | None, gram: Tensor | None = None
+    ) -> tuple[Factorization | None, Tensor]:
+        """Return L, if there is to be any, and A - L as a matrix. gram: for the fit of all of A, where it is that."""
         if inner is None:
             return None, matrix_of(weight)
         count, shape = self.kept(weight.numel()), tuple(weight.shape)
@@ -170,7 +179,7 @@ class LowRankSparse(Format):
         elif self.method == "masking" and 0 < count < weight.numel():
             low = fit_around(solver_for(inner, shape), weight, keep_largest(weight, count) != 0, self.rounds)
         else:
-            low = inner.fit(weight)
+            low = inner.fit(weight, gram)
         return low, matrix_of(weight) - low.reconstruct().detach().reshape(matrix_of(weight).shape)
 
     def factor_specs(self, shape: Shape, dtype: torch.dtype, nonzeros: int | None = None) -> Mapping[str, FactorSpec]:
@@ -318,14 +327,6 @@ class LowRankPlusSparse(Factorization):
             return True
         memory = tensor.untyped_storage().data_ptr()
         return any(factor.untyped_storage().data_ptr() == memory for factor in self.parameters())
-
-
-def _largest_for_output(rest: Tensor, count: int, gram: Tensor | None) -> Tensor:
-    """Return the entries that matter most: the largest, weighed with their input's size where that is known."""
-    if gram is None:
-        return keep_largest(rest, count)
-    kept = keep_largest(scaled_to_unit(rest)[0] * scales_of(gram), count)
-    return torch.where(kept != 0, rest, 0)
 
 
 def _beside(best: float, tried: list[float]) -> list[float]:

@@ -18,6 +18,7 @@ from tcompress.encodings import FactorSpec
 from tcompress.errors import FormatError
 from tcompress.formats.addends import Addends
 from tcompress.formats.base import Factorization, Format, Shape, largest, listed, require_count, require_matrix_like
+from tcompress.formats.for_output import refined
 from tcompress.formats.search import smallest_reaching
 from tcompress.formats.svd import SVD
 from tcompress.formats.ttm import TTMatrix
@@ -126,8 +127,8 @@ class ReshapedSum(Format):
     def _asked(self, shape: Shape) -> tuple[int, ...]:
         return self.ranks if self.ranks is not None else (self.rank or 1,) * len(self._plan(shape)[0])
 
-    def fit(self, weight: Tensor) -> Factorization:
-        return SumOfTerms(tuple(weight.shape), self._alternate(weight, _SWEEPS)[0])
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
+        return refined(SumOfTerms(tuple(weight.shape), self._alternate(weight, _SWEEPS)[0]), weight, gram)
 
     def _alternate(self, weight: Tensor, sweeps: int) -> tuple[list[Factorization | None], float]:
         """Return the terms and their error, each in turn made the best one of what the others leave."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from tcompress.encodings import FactorSpec
 from tcompress.errors import FormatError
 from tcompress.formats.base import Factorization, Format, Shape, require_count
+from tcompress.formats.for_output import refined
 from tcompress.formats.inner import parse_inner, sizes_of, text_of
 from tcompress.formats.options import make
 from tcompress.linalg.permutation import shuffled, unshuffled
@@ -50,9 +51,9 @@ class Shuffled(Format):
             raise FormatError(f"shuffled: {kind.name} has one rank, not several")
         make(kind, {**options, **self._size()})
 
-    def fit(self, weight: Tensor) -> Factorization:
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
         inner = self._format().fit(shuffled(weight, self.seed))
-        return ShuffledWeight(tuple(weight.shape), inner, self.seed)
+        return refined(ShuffledWeight(tuple(weight.shape), inner, self.seed), weight, gram)
 
     def factor_specs(self, shape: Shape, dtype: torch.dtype, nonzeros: int | None = None) -> Mapping[str, FactorSpec]:
         specs = self._format().factor_specs(shape, dtype, nonzeros)

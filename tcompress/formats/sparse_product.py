@@ -27,6 +27,7 @@ from tcompress.formats.base import (
     require_count,
     require_matrix_like,
 )
+from tcompress.formats.for_output import refined
 from tcompress.formats.rows import CompressedRows, can_run, compressed_rows
 from tcompress.formats.search import smallest_reaching
 from tcompress.linalg.palm import product, sparse_product
@@ -66,11 +67,12 @@ class SparseProduct(Format):
         require_matrix_like(self.name, shape)
         return self.count or max(2, default_count(shape[0], fan_in(shape)))
 
-    def fit(self, weight: Tensor) -> Factorization:
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
         shape = tuple(weight.shape)
         scale, factors = sparse_product(matrix_of(weight), self.nonzeros, self.factors(shape))
         scale_of = torch.tensor([scale], dtype=torch.float64)
-        return SparseFactors(shape, scale_of.to(weight), [factor.to(weight) for factor in factors])
+        found = SparseFactors(shape, scale_of.to(weight), [factor.to(weight) for factor in factors])
+        return refined(found, weight, gram, keeps_zeros=True)
 
     def factor_specs(self, shape: Shape, dtype: torch.dtype, nonzeros: int | None = None) -> Mapping[str, FactorSpec]:
         del nonzeros  # factors of a sparse weight are no sparser

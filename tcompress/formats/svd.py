@@ -26,8 +26,10 @@ from tcompress.formats.base import (
     require_matrix_like,
     take_factors,
 )
+from tcompress.formats.for_output import best_for_output, refined, unit_moment
 from tcompress.formats.staged import StagedFactorization, Stages
-from tcompress.linalg.svd import rank_for_error, singular_values, truncated_svd
+from tcompress.linalg.output_error import best_in_metric
+from tcompress.linalg.svd import rank_for_error, scaled_to_unit, singular_values, truncated_svd
 
 MATRICISATIONS = ("channel", "spatial")
 
@@ -58,10 +60,20 @@ class SVD(Format):
         if self.matricisation not in MATRICISATIONS:
             raise FormatError(f"svd: matricisation is one of {', '.join(MATRICISATIONS)}, got {self.matricisation!r}")
 
-    def fit(self, weight: Tensor) -> Factorization:
-        matrix = self.matrix(weight)
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
+        matrix, shape = self.matrix(weight), tuple(weight.shape)
         left, values, right = truncated_svd(matrix, self.rank, seed=self.seed)
-        return self._balanced(tuple(weight.shape), left, values, right)
+        plain = self._balanced(shape, left, values, right)
+        if gram is None:
+            return plain
+        if self._is_spatial(shape):  # its columns are no inputs
+            return refined(plain, weight, gram)
+        moment = unit_moment(weight, gram)
+        matrix = matrix.contiguous()
+        product = best_in_metric(scaled_to_unit(matrix)[0], self.rank, moment, seed=self.seed)
+        for_output = self.from_product(shape, product.left, product.left.T @ matrix)
+        # The best one, but for rounding: where hardly anything is lost, that decides.
+        return best_for_output([for_output, plain], weight, moment)
 
     @classmethod
     def sweep(cls, weight: Tensor, settings: Sequence[Self]) -> Iterator[Factorization]:

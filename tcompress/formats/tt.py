@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tcompress.formats.base import Factorization, Shape
 from tcompress.formats.folded import Folded, Ranks
 from tcompress.formats.folding import Folding
+from tcompress.formats.for_output import refined
 from tcompress.formats.staged import StagedFactorization, Stages
 from tcompress.linalg.scaling import even_ranges
 from tcompress.linalg.tensor_train import full_ranks, ranks_for_error, tt_chain, tt_full, tt_svd, usable_ranks
@@ -53,9 +54,10 @@ class TT(Folded):
     def factor_shapes(cls, folding: Folding, ranks: Ranks) -> Mapping[str, Shape]:
         return train_shapes(folding.sizes, ranks)
 
-    def fit(self, weight: Tensor) -> Factorization:
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
         folding = self.folding(tuple(weight.shape))
-        return TensorTrain(folding, even_ranges(tt_svd(folding.fold(weight), self.clipped(folding))))
+        cores = even_ranges(tt_svd(folding.fold(weight), self.clipped(folding)))
+        return refined(TensorTrain(folding, cores), weight, gram)
 
     @classmethod
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:

@@ -19,6 +19,7 @@ from tcompress.formats.base import CONV, Factorization, Shape
 from tcompress.formats.effort import dense_effort
 from tcompress.formats.folded import Ranks
 from tcompress.formats.folding import Folding, Modes
+from tcompress.formats.for_output import refined
 from tcompress.formats.tt import TT, cores_of
 from tcompress.linalg.folding import balanced_modes
 from tcompress.linalg.scaling import even_ranges
@@ -55,13 +56,12 @@ class TTMatrix(TT):
         around, modes = (1, *ranks, 1), _pairs(folding)
         return {f"cores.{k}": (around[k], *pair, around[k + 1]) for k, pair in enumerate(modes)}
 
-    def fit(self, weight: Tensor) -> Factorization:
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
         folding = self.folding(tuple(weight.shape))
         cores = even_ranges(tt_svd(folding.fold(weight), self.clipped(folding)))
         pairs = _pairs(folding)
-        return TensorTrainMatrix(
-            folding, [core.reshape(core.shape[0], *pair, -1) for core, pair in zip(cores, pairs, strict=True)]
-        )
+        paired = [core.reshape(core.shape[0], *pair, -1) for core, pair in zip(cores, pairs, strict=True)]
+        return refined(TensorTrainMatrix(folding, paired), weight, gram)
 
     def load(self, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
         cores = cores_of(factors)

@@ -19,6 +19,7 @@ from tcompress.errors import FormatError
 from tcompress.formats.base import Factorization, Shape
 from tcompress.formats.folded import Folded, Ranks
 from tcompress.formats.folding import Folding
+from tcompress.formats.for_output import refined
 from tcompress.formats.staged import StagedFactorization, Stages
 from tcompress.linalg.scaling import even_ranges
 from tcompress.linalg.tucker import ranks_for_error, tucker, tucker_full, usable_ranks
@@ -57,11 +58,11 @@ class Tucker(Folded):
         factors = {f"factors.{k}": (folding.sizes[k], rank) for k, rank in enumerate(ranks)}
         return {"core": (*ranks, folding.kernel), **factors}
 
-    def fit(self, weight: Tensor) -> Factorization:
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
         folding = self.folding(tuple(weight.shape))
         core, factors = tucker(folding.fold(weight), [*self.clipped(folding), None])
         core, *scaled = even_ranges([core, *(factor for factor in factors if factor is not None)])
-        return TuckerTensor(folding, core, scaled)
+        return refined(TuckerTensor(folding, core, scaled), weight, gram)
 
     @classmethod
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:

@@ -29,7 +29,13 @@ _FLAT = 1e-10  # of the largest eigenvalue: directions of the input that are rou
 _SETTLED = 1e-4  # of the error: a smaller gain of a whole round ends the search
 _HARD_STEPS = 4  # of thresholding in one round
 _SOLVER_STEPS = 6  # of conjugate gradients in one round, for the values on a support
+_MOST_SOLVER_STEPS = 60  # ... and to settle them
+_SLIGHT = 2e-6  # of the squared error: the values have settled when a step gains less
+_SUPPORT_ROUNDS = 10  # of moving a support with no low-rank part beside it
+_MOVED = 1e-3  # of the error: a smaller gain of such a round ends them
+
 Part = TypeVar("Part", bound=Summand)
+Keep = Callable[[Tensor], Tensor]  # values -> a copy that is zero but where the largest are
 
 
 def require_moment(gram: Tensor, fan_in: int) -> None:
@@ -69,6 +75,19 @@ def low_rank_in_metric(matrix: Tensor, rank: int, root: Tensor, *, seed: int = 0
     return Product(left, left.T @ matrix)
 
 
+def best_in_metric(matrix: Tensor, rank: int, gram: Tensor, *, seed: int = 0) -> Product:
+    """Return what low_rank_in_metric does, by whichever of two ways is shorter: from G itself, or from its root.
+
+    U are the leading eigenvectors of A G AT, too: (m, m), and smaller than G where outputs are fewer than inputs.
+    """
+    if gram.ndim == 1 or matrix.shape[0] > matrix.shape[1]:
+        return low_rank_in_metric(matrix, rank, root_of(gram), seed=seed)
+    wide = matrix.double()
+    outputs = times(wide, gram.double()) @ wide.T
+    left = symmetric_eigen((outputs + outputs.T) / 2)[1][:, -rank:].flip(1).to(matrix.dtype)
+    return Product(left, left.T @ matrix)
+
+
 def largest_eigenvalue(gram: Tensor) -> float:
     """Return the largest eigenvalue of G."""
     return float(gram.max()) if gram.ndim == 1 else float(symmetric_eigen(gram.double())[0][-1])
@@ -89,14 +108,18 @@ def alternate_in_metric(
     a part with a smaller error. count: of nonzeros in S, 0 < count < m n.
     """
     scale = scales_of(gram)
-    sparse = keep_largest((matrix - _dense(part, matrix)) * scale, count) / scale
-    sparse = _refit(matrix - _dense(part, matrix), sparse, gram)
+
+    def keep(values: Tensor) -> Tensor:
+        return keep_largest(values, count)
+
+    sparse = keep((matrix - _dense(part, matrix)) * scale) / scale
+    sparse = refit_on_support(matrix - _dense(part, matrix), sparse, gram, steps=_SOLVER_STEPS)
     best, lowest = (part, sparse), output_error(matrix - _dense(part, matrix) - sparse, gram)
     for _ in range(rounds):
         part = low_rank(matrix - sparse, part)
         target = matrix - _dense(part, matrix)
-        sparse = _threshold_steps(target, sparse, count, gram, scale)
-        sparse = _refit(target, sparse, gram)
+        sparse = _threshold_steps(target, sparse, keep, gram, scale)
+        sparse = refit_on_support(target, sparse, gram, steps=_SOLVER_STEPS)
         error = output_error(target - sparse, gram)
         gained = lowest - error
         if gained > 0:
@@ -104,6 +127,29 @@ def alternate_in_metric(
         if gained <= _SETTLED * lowest:
             break
     return best
+
+
+def sparse_in_metric(target: Tensor, gram: Tensor, keep: Keep) -> Tensor:
+    """Return the sparse matrix that is found to minimise tr(E G ET): its support is what ``keep`` leaves of values.
+
+    At first those of A whose input is large as well, |A_ij| sqrt(G_jj): with a diagonal G nothing is better. Otherwise
+    the support is moved as long as that lowers the error; least squares in the end.
+    """
+    target, scale = target.contiguous(), scales_of(gram)
+    sparse = torch.where(keep(target * scale) != 0, target, 0)
+    if gram.ndim == 1:
+        return sparse
+    sparse = refit_on_support(target, sparse, gram, steps=_SOLVER_STEPS)
+    best, lowest = sparse, output_error(target - sparse, gram)
+    for _ in range(_SUPPORT_ROUNDS):
+        sparse = _threshold_steps(target, sparse, keep, gram, scale)
+        sparse = refit_on_support(target, sparse, gram, steps=_SOLVER_STEPS)
+        error, before = output_error(target - sparse, gram), lowest
+        if error < lowest:
+            best, lowest = sparse, error
+        if not before - error > _MOVED * before:
+            break
+    return refit_on_support(target, best, gram)
 
 
 def _dense(part: Summand, like: Tensor) -> Tensor:
@@ -118,8 +164,8 @@ def scales_of(gram: Tensor) -> Tensor:
     return root.clamp_min(1e-6 * float(root.max()))
 
 
-def _threshold_steps(target: Tensor, sparse: Tensor, count: int, gram: Tensor, scale: Tensor) -> Tensor:
-    """Move the support: gradient steps in the scaled entries, each followed by keeping the ``count`` largest.
+def _threshold_steps(target: Tensor, sparse: Tensor, keep: Keep, gram: Tensor, scale: Tensor) -> Tensor:
+    """Move the support: gradient steps in the scaled entries, each followed by keeping the largest.
 
     The step's length is the best one along the gradient on the present support; where it would raise the error it is
     halved, a few times at most.
@@ -131,7 +177,7 @@ def _threshold_steps(target: Tensor, sparse: Tensor, count: int, gram: Tensor, s
         curvature = output_error(inside / scale, gram) ** 2
         length = float(inside.square().sum(dtype=torch.float64)) / curvature if curvature else 1.0
         for _ in range(4):
-            moved = keep_largest(sparse * scale + length * slope, count) / scale
+            moved = keep(sparse * scale + length * slope) / scale
             moved_error = output_error(target - moved, gram)
             if moved_error < error:
                 break
@@ -142,21 +188,23 @@ def _threshold_steps(target: Tensor, sparse: Tensor, count: int, gram: Tensor, s
     return sparse
 
 
-def _refit(target: Tensor, sparse: Tensor, gram: Tensor) -> Tensor:
-    """Return better values on the support of ``sparse``: a few conjugate gradients, all rows at one time.
+def refit_on_support(target: Tensor, sparse: Tensor, gram: Tensor, *, steps: int = _MOST_SOLVER_STEPS) -> Tensor:
+    """Return better values on the support of ``sparse``, never worse ones: conjugate gradients, all rows at one time.
 
-    Each row is a least-squares problem of its own, S[i, M] G[M, M] = (T G)[i, M]; they share every product with G.
+    target: (m, n), finite, of moderate size. steps: at most; they end where the values have settled. Each row is a
+    least-squares problem of its own, S[i, M] G[M, M] = (T G)[i, M]; they share every product with G.
     """
-    if gram.ndim == 1:
-        return torch.where(sparse != 0, target, 0)
     support = sparse != 0
+    if gram.ndim == 1:
+        return torch.where(support, target, 0)
     scale = scales_of(gram)
+    start = output_error(target - sparse, gram)
+    squared_error = start**2
     values, rest = sparse, torch.where(support, times(target - sparse, gram), 0)
-    preconditioned = rest / scale.square()
-    direction = preconditioned
+    direction = preconditioned = rest / scale.square()
     squares = (rest * preconditioned).sum(dim=1, keepdim=True)
     flat = len(gram) * torch.finfo(target.dtype).eps
-    for _ in range(_SOLVER_STEPS):
+    for _ in range(steps):
         bent = torch.where(support, times(direction, gram), 0)
         curvature = (direction * bent).sum(dim=1, keepdim=True)
         # Along directions that no input has, only rounding noise would say how far to go: far.
@@ -164,9 +212,13 @@ def _refit(target: Tensor, sparse: Tensor, gram: Tensor) -> Tensor:
         length = torch.where(curvature > noise, squares / curvature, 0)
         values = values + length * direction
         rest = rest - length * bent
+        gain = float((length * squares).sum(dtype=torch.float64))
+        squared_error -= gain
+        if not gain > _SLIGHT * squared_error:
+            break
         preconditioned = rest / scale.square()
         following = (rest * preconditioned).sum(dim=1, keepdim=True)
         direction = preconditioned + torch.where(squares > 0, following / squares, 0) * direction
         squares = following
-    improved = output_error(target - values, gram) <= output_error(target - sparse, gram)
-    return values if improved and bool(values.isfinite().all()) else sparse
+    improved = bool(values.isfinite().all()) and output_error(target - values, gram) <= start
+    return values if improved else sparse

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tcompress.encodings import FactorSpec, cheapest, value_type
-from tcompress.errors import FormatError
+from tcompress.errors import FormatError, NumericalError
 from tcompress.formats import FORMATS, from_dict, make, parse, to_dict
 
 SHAPES = {
@@ -258,3 +258,70 @@ def test_factors_that_do_not_make_the_shape_are_refused(format_type):
 def test_unknown_options_are_told_with_those_there_are(format_type):
     with pytest.raises(FormatError, match=f"^{format_type.name}: has no option colour; it has "):
         parse(f"{format_type.name}:colour=blue")
+
+
+def moments_of(fan_in, seed=5):
+    """Second moments of many inputs, of fewer than there are, of inputs of which some are always zero; a diagonal."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(fan_in, fan_in, generator=generator) * torch.rand(fan_in, generator=generator) ** 2
+    many = torch.randn(4 * fan_in, fan_in, generator=generator) @ mixing + 0.2
+    dead = many * (torch.arange(fan_in) % 3 != 1)
+    full = many.T @ many / len(many)
+    few = many[: max(1, fan_in // 2)]
+    return {
+        "full": full,
+        "rank-deficient": few.T @ few / len(few),
+        "dead inputs": dead.T @ dead / len(dead),
+        "diagonal": full.diagonal().clone(),
+    }
+
+
+def output_error(weight, factorization, gram):
+    rest = (weight.double() - factorization.reconstruct().detach().double()).reshape(len(weight), -1)
+    bent = rest * gram.double() if gram.ndim == 1 else rest @ gram.double()
+    return math.sqrt(max(0.0, float((rest * bent).sum())))
+
+
+@everywhere
+@every_format
+def test_knowing_the_input_never_makes_the_error_of_the_output_larger(format_type, shape):
+    weight = weight_of(shape)
+    setting = settings(format_type, shape)[0]
+    plain = setting.fit(weight)
+    for gram in moments_of(weight[0].numel()).values():
+        known = gram.clone()
+        found = setting.fit(weight, known)
+        assert all(bool(factor.isfinite().all()) for factor in found.state_dict().values())
+        assert output_error(weight, found, gram) <= output_error(weight, plain, gram) * (1 + 1e-5)
+        assert torch.equal(known, gram)
+    assert torch.equal(weight, weight_of(shape))
+
+
+@every_format
+def test_fitting_twice_for_an_output_gives_equal_factors_of_the_announced_shapes(format_type):
+    shape = (24, 20)
+    weight = weight_of(shape)
+    gram = moments_of(20)["full"]
+    for setting in settings(format_type, shape)[::2]:
+        first, second = (setting.fit(weight, gram).state_dict() for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        for name, spec in setting.factor_specs(shape, torch.float32).items():
+            assert tuple(first[name].shape) == spec.shape
+            assert spec.nonzeros is None or int(torch.count_nonzero(first[name])) <= spec.nonzeros
+
+
+@pytest.mark.parametrize("weight", EDGE_CASES.values(), ids=EDGE_CASES.keys())
+@every_format
+def test_awkward_weights_are_fitted_for_an_output(format_type, weight):
+    setting = settings(format_type, tuple(weight.shape))[0]
+    gram = moments_of(weight.shape[1])["dead inputs"]
+    plain, found = setting.fit(weight), setting.fit(weight, gram)
+    assert torch.isfinite(found.reconstruct()).all()
+    assert output_error(weight, found, gram) <= output_error(weight, plain, gram) * (1 + 1e-5)
+
+
+@every_format
+def test_what_is_no_second_moment_of_the_input_is_refused(format_type):
+    setting = settings(format_type, (24, 20))[0]
+    with pytest.raises(NumericalError, match="second moment"):
+        setting.fit(weight_of((24, 20)), torch.eye(24))

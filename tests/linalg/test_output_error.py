@@ -11,10 +11,13 @@ from tcompress.errors import NumericalError
 from tcompress.linalg.magnitude import keep_largest
 from tcompress.linalg.output_error import (
     alternate_in_metric,
+    best_in_metric,
     low_rank_in_metric,
     output_error,
+    refit_on_support,
     require_moment,
     root_of,
+    sparse_in_metric,
 )
 from tcompress.linalg.svd import truncated_svd
 from tcompress.linalg.trimmed import Product
@@ -115,3 +118,35 @@ def test_inputs_that_are_always_zero_are_no_trouble():
     )
     assert part.right.isfinite().all()
     assert sparse.isfinite().all()
+
+
+@pytest.mark.parametrize("samples", [500, 7])  # of seven inputs the moment is singular
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_refitted_values_are_as_good_as_least_squares(samples, dtype):
+    gram = moment_of(16, samples=samples, dtype=torch.float64)
+    pruned = keep_largest(MATRIX, 100).double()
+    found = refit_on_support(MATRIX.to(dtype), pruned.to(dtype), gram.to(dtype)).double()
+    assert bool((found[pruned == 0] == 0).all())
+    exact, root = torch.zeros_like(pruned), root_of(gram)
+    for row, support in enumerate(pruned != 0):
+        wanted = (MATRIX.double()[row] @ root)[:, None]
+        exact[row, support] = torch.linalg.lstsq(root[support].T, wanted, driver="gelsd").solution[:, 0]
+    before = output_error(MATRIX - pruned, gram)
+    best = output_error(MATRIX - exact, gram)
+    assert output_error(MATRIX - found, gram) == pytest.approx(best, rel=1e-3, abs=1e-3 * before)
+
+
+def test_a_moved_support_is_better_than_a_refitted_one():
+    gram = moment_of(16)
+    kept = torch.where(keep_largest(MATRIX * gram.diagonal().sqrt(), 100) != 0, MATRIX, 0)
+    found = sparse_in_metric(MATRIX, gram, lambda values: keep_largest(values, 100))
+    assert int((found != 0).sum()) <= 100
+    assert output_error(MATRIX - found, gram) < output_error(MATRIX - refit_on_support(MATRIX, kept, gram), gram)
+
+
+@pytest.mark.parametrize("shape", [(20, 16), (10, 16)])
+def test_both_ways_to_the_best_low_rank_part_agree(shape):
+    gram = moment_of(16).double()
+    matrix = MATRIX[: shape[0]].double()
+    one, other = best_in_metric(matrix, 3, gram), low_rank_in_metric(matrix, 3, root_of(gram))
+    torch.testing.assert_close(one.left @ one.right, other.left @ other.right, rtol=1e-5, atol=1e-6)
