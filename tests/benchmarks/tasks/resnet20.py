@@ -1,0 +1,111 @@
+"""Task: CIFAR-10 ResNet-20, for models/resnet20.th with --strip-prefix module.
+
+The data are in ../shared/data beside the checkout, or where TCOMPRESS_DATA says; TCOMPRESS_SCORED limits the images
+that are scored. They went through JPEG, which costs the dense model ten points: look at differences.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+SETS = Path(os.environ.get("TCOMPRESS_DATA", Path(__file__).parents[4] / "shared" / "data")) / "sets"
+SCORED = int(os.environ.get("TCOMPRESS_SCORED", "0")) or None
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels, as the model was trained
+BLOCKS, WIDTHS = 3, (16, 32, 64)
+CALIBRATED, BATCH = 1000, 100
+
+
+def normed(channels: int) -> nn.BatchNorm2d:
+    """Return a batch normalisation as the checkpoint has it: without a count of batches."""
+    layer = nn.BatchNorm2d(channels)
+    layer.num_batches_tracked = None
+    return layer
+
+
+class Block(nn.Module):
+    """Two convolutions beside a way past them, which has no weights: new channels are zeros."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = normed(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = normed(outputs)
+        self.stride = stride
+        self.added = (outputs - inputs) // 2  # zero channels on either side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum of both ways."""
+        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        past = x[..., :: self.stride, :: self.stride]
+        return F.relu(inner + F.pad(past, (0, 0, 0, 0, self.added, self.added)))
+
+
+class ResNet20(nn.Module):
+    """Three stages of three blocks; each stage halves the picture and doubles the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
+        self.bn1 = normed(WIDTHS[0])
+        self.layer1 = self._stage(WIDTHS[0], WIDTHS[0], 1)
+        self.layer2 = self._stage(WIDTHS[0], WIDTHS[1], 2)
+        self.layer3 = self._stage(WIDTHS[1], WIDTHS[2], 2)
+        self.linear = nn.Linear(WIDTHS[2], 10)
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(Block(inputs, outputs, stride), *(Block(outputs, outputs, 1) for _ in range(BLOCKS - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (batch, 10) of pictures (batch, 3, 32, 32)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean(dim=(2, 3)))
+
+
+def pixels(pictures: np.ndarray) -> Tensor:
+    """Return pictures (count, 32, 32, 3) of bytes as inputs of the model."""
+    channels_first = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(255)
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+    return ((channels_first - mean) / deviation).contiguous()
+
+
+@functools.cache
+def test_set() -> tuple[Tensor, Tensor]:
+    """Return the pictures that are scored, and their classes; decoded once in a process."""
+    with np.load(SETS / "cifar10_testdev_jpg.npz") as stored:
+        files, offsets, classes = stored["jpg"].tobytes(), stored["offset"].tolist(), stored["y"][:SCORED]
+    spans = list(pairwise(offsets))[: len(classes)]
+    pictures = [np.asarray(Image.open(io.BytesIO(files[start:end])).convert("RGB")) for start, end in spans]
+    return pixels(np.stack(pictures)), torch.from_numpy(classes)
+
+
+def model() -> nn.Module:
+    """Return the architecture."""
+    return ResNet20()
+
+
+def evaluate(model: nn.Module) -> dict[str, float]:
+    """Return the percentage of test pictures whose class is right."""
+    inputs, classes = test_set()
+    device = next(chain(model.parameters(), model.buffers())).device
+    with torch.inference_mode():
+        found = torch.cat([model(batch.to(device)).argmax(1).cpu() for batch in inputs.split(50)])
+    return {"accuracy": 100 * float((found == classes).double().mean())}
+
+
+def calibration_batches() -> list[Tensor]:
+    """Return training pictures, which are as they were before JPEG."""
+    with np.load(SETS / "cifar10_calib4k.npz") as stored:
+        return list(pixels(stored["x"][:CALIBRATED]).split(BATCH))
