@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tcompress.cli import analyze, compress, decompress, evaluate, export, formats, inspect, verify
+from tcompress.cli import analyze, calibrate, compress, decompress, evaluate, export, formats, inspect, plan, verify
 from tcompress.errors import Stopped, TcompressError, printable
 from tcompress.version import __version__
 
@@ -34,6 +34,8 @@ app = typer.Typer(
 for command in (
     inspect.inspect,
     analyze.analyze,
+    calibrate.calibrate,
+    plan.plan,
     compress.compress,
     decompress.decompress,
     verify.verify,

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from tcompress.checkpoint.reader import Checkpoint
 from tcompress.errors import UsageError
-from tcompress.formats import FORMATS, Format, make, parse
+from tcompress.formats import FORMATS, Format, find_format, make, parse
+from tcompress.formats.grouped import GroupFormat
 from tcompress.workflow.plan import Target
+from tcompress.workflow.reconstruction import Reconstruction
+from tcompress.workflow.task import load_task
+from tcompress.workflow.tracing import NEEDS
 
 
 def choices(
@@ -26,6 +33,27 @@ def quick_formats(*, with_rank: bool) -> list[str]:
     """Return the formats that are fitted in seconds, of those that have a rank when one is asked for."""
     quick = [name for name, format_type in FORMATS.items() if format_type.quick]
     return [name for name in quick if not with_rank or FORMATS[name].rank_option is not None]
+
+
+def planned_formats(text: str | None) -> list[type[Format]]:
+    """Return the formats that ``--formats svd,sparse`` names; none without it. Raises UsageError for unknown ones."""
+    kinds = [] if text is None else [find_format(name.strip()) for name in text.split(",")]
+    together = [kind.name for kind in kinds if issubclass(kind, GroupFormat)]
+    if together:
+        raise UsageError(f"--formats: {together[0]} is for several layers at once, which a plan does not choose")
+    return kinds
+
+
+def reconstruction_of(
+    checkpoint: Checkpoint, task_file: str | None, strip_prefix: str, device: torch.device
+) -> Reconstruction | None:
+    """Return the model of ``--task`` with its calibration inputs; None without it."""
+    if task_file is None:
+        if strip_prefix:
+            raise UsageError("--strip-prefix is about the model of a task; give --task")
+        return None
+    task = load_task(task_file, NEEDS)
+    return Reconstruction(checkpoint, task, strip_prefix=strip_prefix, device=device)
 
 
 def _choice(text: str, rank: int | None, keep: float | None, tolerance: float | None, seed: int) -> Format | Target:

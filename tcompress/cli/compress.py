@@ -11,7 +11,10 @@ from tcompress.cli.options import (
     AllowNonfinite,
     Device,
     DTypeName,
+    Exclude,
     Force,
+    Formats,
+    Include,
     Json,
     Keep,
     Key,
@@ -20,6 +23,8 @@ from tcompress.cli.options import (
     Model,
     Rank,
     Seed,
+    StripPrefix,
+    TaskFile,
     Threads,
     Tolerance,
     parse_size,
@@ -42,12 +47,6 @@ FormatName = Annotated[
     typer.Option(
         "--format", "-f", help="A format, as svd or svd:rank=16; `tcompress formats` lists them.", metavar="FORMAT"
     ),
-]
-Include = Annotated[
-    list[str] | None, typer.Option(help="Only layers that match this glob; may be repeated.", metavar="GLOB")
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="Not layers that match this glob; may be repeated.", metavar="GLOB")
 ]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="Take formats layer by layer from this plan.", metavar="PLAN.json")
@@ -87,6 +86,9 @@ def compress(
     exclude: Exclude = None,
     one_threshold: OneThreshold = False,
     plan_file: PlanFile = None,
+    formats: Formats = None,
+    task_file: TaskFile = None,
+    strip_prefix: StripPrefix = "",
     save_plan: SavePlan = None,
     dry_run: DryRun = False,
     dtype: DTypeName = None,
@@ -106,21 +108,35 @@ def compress(
 ) -> None:
     """Write a smaller checkpoint: layer by layer, never larger than dense, its errors measured on what is stored.
 
-    Example: tcompress compress model.safetensors --format svd --keep 0.5 -o small.safetensors
+    Without --format and --plan a plan is made for --keep or --max-bytes, over all formats. With --task each layer is
+    fitted to give, behind the layers that are compressed before it, the output of the dense model; this runs the code
+    in the task file.
+
+    Example: tcompress compress model.safetensors --keep 0.25 -o small.safetensors
     """
     from tcompress.checkpoint.memory import limited
     from tcompress.checkpoint.opening import open_checkpoint
+    from tcompress.cli.choices import planned_formats, reconstruction_of
     from tcompress.cli.console import progress_bar, show
     from tcompress.cli.names import default_output
     from tcompress.report.documents import compression_document
     from tcompress.report.tables import compression_view
     from tcompress.report.writing import PLAN_SUFFIXES, REPORT_SUFFIXES, check_path, write_plan, write_report
     from tcompress.workflow import compression
+    from tcompress.workflow.budgeting import make_plan, matching
     from tcompress.workflow.settings import Settings
 
-    plan = _plan(
+    asked = _plan(
         plan_file, format_name, include, exclude, one_threshold, rank=rank, keep=keep, tolerance=tolerance, seed=seed
     )
+    if asked is None and keep is None and max_bytes is None:
+        raise UsageError(
+            "give --format or --plan, or --keep or --max-bytes alone, for which a plan is made; "
+            "`tcompress formats` lists the formats"
+        )
+    if asked is not None and formats is not None:
+        raise UsageError("--formats is what a plan chooses from; leave it out beside --format or --plan")
+    kinds = planned_formats(formats)
     settings = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite)
     shard_bytes, byte_limit = parse_size(max_shard_size, "--max-shard-size"), parse_size(max_bytes, "--max-bytes")
     check_path(report, REPORT_SUFFIXES)
@@ -128,6 +144,20 @@ def compress(
     set_threads(threads)
     memory = parse_size(max_memory, "--max-memory")
     with limited(memory), open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
+        reconstruction = reconstruction_of(checkpoint, task_file, strip_prefix, settings.device)
+        plan = (
+            asked
+            or make_plan(
+                checkpoint,
+                keep=keep,
+                max_bytes=None if keep is not None else byte_limit,
+                layers=matching(checkpoint, include or (), exclude or ()),
+                formats=kinds,
+                settings=settings,
+                reconstruction=reconstruction,
+                progress=progress,
+            ).plan
+        )
         if dry_run:
             result = compression.dry_run(
                 checkpoint, plan, settings=settings, max_shard_bytes=shard_bytes, progress=progress
@@ -140,6 +170,7 @@ def compress(
                 settings=settings,
                 force=force,
                 max_shard_bytes=shard_bytes,
+                reconstruction=reconstruction,
                 progress=progress,
             )
     exceeded = _exceeded(result, max_error, byte_limit, min_ratio)
@@ -164,14 +195,19 @@ def _plan(
     keep: float | None,
     tolerance: float | None,
     seed: int,
-) -> Plan:
+) -> Plan | None:
+    """Return the plan that the options say; None where one is to be made."""
     from tcompress.cli.choices import choices
     from tcompress.workflow.plan import plan_for, read_plan
 
-    if (plan_file is None) == (format_name is None):
-        raise UsageError(
-            "give --format or --plan: what is to become of the layers? `tcompress formats` lists the formats"
-        )
+    if plan_file is not None and format_name is not None:
+        raise UsageError("give --format or --plan, not both")
+    if plan_file is None and format_name is None:
+        if rank is not None or tolerance is not None or one_threshold:
+            raise UsageError(
+                "--rank, --tolerance and --global go with --format; a plan is made for --keep or --max-bytes"
+            )
+        return None
     if format_name is not None:
         (choice,) = choices([format_name], rank=rank, keep=keep, tolerance=tolerance, seed=seed)
         return plan_for(choice, include=include or (), exclude=exclude or (), one_threshold=one_threshold)

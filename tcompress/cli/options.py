@@ -69,6 +69,28 @@ MaxMemory = Annotated[
         help="Refuse layers that need more memory than this, as 8GB; default: what the machine has.", metavar="SIZE"
     ),
 ]
+TaskFile = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help="Python file with model() and calibration_batches(), or an object in it that has them. ITS CODE IS RUN.",
+        metavar="TASK.py[:NAME]",
+    ),
+]
+StripPrefix = Annotated[
+    str,
+    typer.Option(help="What the names in the file begin with and the model's do not, such as 'module.'", metavar="P"),
+]
+Formats = Annotated[
+    str | None,
+    typer.Option(help="Formats that a plan chooses from, as svd,sparse; default: every quick one.", metavar="A,B,..."),
+]
+Include = Annotated[
+    list[str] | None, typer.Option(help="Only layers that match this glob; may be repeated.", metavar="GLOB")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Not layers that match this glob; may be repeated.", metavar="GLOB")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 MaxShardSize = Annotated[
     str | None,

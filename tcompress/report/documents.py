@@ -23,6 +23,7 @@ from tcompress.workflow.results import (
     Winner,
     peak_memory_bytes,
 )
+from tcompress.workflow.settings import TYPE_NAMES
 
 SCHEMA = 1
 Document = dict[str, Any]
@@ -171,9 +172,11 @@ def _layer(result: LayerResult) -> Document:
         "dtype": result.layer.dtype.name,
         "format": "dense" if result.format is None else result.format.name,
         "options": {} if result.format is None else result.format.options(),
+        "stored_dtype": None if result.store is None else TYPE_NAMES[result.store],
         "dense_bytes": result.layer.dense_bytes,
         "stored_bytes": result.stored_bytes,
         "relative_error": result.relative_error,
+        "output_error": result.output_error,
         "seconds": result.seconds,
         "reason": result.reason,
         "notes": list(result.notes),

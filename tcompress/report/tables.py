@@ -16,7 +16,12 @@ Cell = str | list[str]  # a list is a line each
 
 
 def compression_view(document: Document) -> RenderableType:
-    """Show a report of ``compress``: a row a layer, then the totals."""
+    """Show a report of ``compress``: a row a layer, then the totals.
+
+    Stored types and errors of outputs have columns where there is something to say.
+    """
+    typed = len({layer["stored_dtype"] for layer in document["layers"]} - {None}) > 1
+    looked_at = any(layer["output_error"] is not None for layer in document["layers"])
     rows = [
         [
             layer["name"],
@@ -24,14 +29,17 @@ def compression_view(document: Document) -> RenderableType:
             as_shape(layer["shape"]),
             layer["dtype"],
             setting_text(layer),
+            *([layer["stored_dtype"] or ""] if typed else []),
             as_bytes(layer["dense_bytes"]),
             as_bytes(layer["stored_bytes"]),
             as_error(layer["relative_error"]),
+            *([as_error(layer["output_error"])] if looked_at else []),
         ]
         for layer in document["layers"]
     ]
-    columns = ["layer", "kind", "shape", "dtype", "format", "dense", "stored", "error"]
-    return Group(table(columns, rows, right=columns[5:]), *map(line, compression_summary(document)))
+    numbers = ["dense", "stored", "error", *(["of output"] if looked_at else [])]
+    columns = ["layer", "kind", "shape", "dtype", "format", *(["as"] if typed else []), *numbers]
+    return Group(table(columns, rows, right=numbers), *map(line, compression_summary(document)))
 
 
 def compression_summary(document: Document) -> list[str]:

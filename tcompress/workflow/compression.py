@@ -31,6 +31,7 @@ from tcompress.workflow.packing import Packed, fit_all
 from tcompress.workflow.plan import Plan
 from tcompress.workflow.planning import Decision, decide, resolved
 from tcompress.workflow.progress import Progress, silent
+from tcompress.workflow.reconstruction import Reconstruction
 from tcompress.workflow.results import CompressionResult, LayerResult, Stored, describe, measure
 from tcompress.workflow.settings import Settings
 
@@ -43,11 +44,14 @@ def compress(
     settings: Settings | None = None,
     force: bool = False,
     max_shard_bytes: int | None = None,
+    reconstruction: Reconstruction | None = None,
     progress: Progress = silent,
 ) -> CompressionResult:
     """Write the compressed checkpoint to ``out``: a file for a file, a folder for a folder, shards for shards.
 
-    max_shard_bytes: of the output's shards; None takes the size of the input's largest.
+    max_shard_bytes: of the output's shards; None takes the size of the input's largest. reconstruction: the model and
+    its calibration inputs; each layer is then fitted to give, behind the layers that are done, the dense model's
+    output.
 
     A run that is stopped by a signal, or killed, leaves what it finished beside ``out``; the same call goes on from
     there and writes the same bytes.
@@ -70,11 +74,13 @@ def compress(
     check_plan(checkpoint, find_layers(checkpoint), plan, settings)
     witness = Witness.of(checkpoint.files)
     source = describe(checkpoint)
-    with output, Journal(output.workspace, _run(checkpoint, plan, settings, source)) as journal:
+    with output, Journal(output.workspace, _run(checkpoint, plan, settings, source, reconstruction)) as journal:
         output.is_worth_keeping = lambda: len(journal) > 0
         decisions = _decided(checkpoint, plan, settings, progress, journal)
-        output.require_space(2 * shards.planned_bytes(_planned(checkpoint, decisions, settings, source), layout))
-        packed, results = fit_all(checkpoint, decisions, settings, journal, progress, witness.require_unchanged)
+        output.require_space(2 * shards.planned_bytes(_planned(checkpoint, decisions, source), layout))
+        packed, results = fit_all(
+            checkpoint, decisions, settings, journal, progress, witness.require_unchanged, reconstruction
+        )
         shards.write(output.draft, _contents(checkpoint, packed, decisions, source), layout)
         remarks: list[str] = []
         if checkpoint.folder is not None:
@@ -86,7 +92,9 @@ def compress(
     return _result(checkpoint, source, decisions, results, written, [*_story(journal), *remarks], started)
 
 
-def _run(checkpoint: Checkpoint, plan: Plan, settings: Settings, source: Stored) -> dict[str, Any]:
+def _run(
+    checkpoint: Checkpoint, plan: Plan, settings: Settings, source: Stored, reconstruction: Reconstruction | None
+) -> dict[str, Any]:
     """Return what two runs must have in common to write the same bytes, the layout aside."""
     return {
         "tcompress": __version__,
@@ -99,6 +107,7 @@ def _run(checkpoint: Checkpoint, plan: Plan, settings: Settings, source: Stored)
         "store": str(settings.store),
         "device": str(settings.device),
         "allow_nonfinite": settings.allow_nonfinite,
+        "reconstruction": None if reconstruction is None else reconstruction.fingerprint,
     }
 
 
@@ -145,20 +154,20 @@ def dry_run(
     _require_dense(checkpoint)
     decisions = decide(checkpoint, find_layers(checkpoint), plan, settings, progress=progress)
     source = describe(checkpoint)
-    planned = _planned(checkpoint, decisions, settings, source)
+    planned = _planned(checkpoint, decisions, source)
     nbytes = shards.planned_bytes(planned, _layout(checkpoint, max_shard_bytes))
     results = [
-        LayerResult(d.layer, d.format, d.stored_bytes, None, 0.0, d.reason, d.notes, _is_exact(d, settings))
+        LayerResult(d.layer, d.format, d.stored_bytes, None, 0.0, d.reason, d.notes, _is_exact(d), store=d.store)
         for d in decisions
     ]
     return _result(checkpoint, source, decisions, results, nbytes, [], started)
 
 
-def _is_exact(decision: Decision, settings: Settings) -> bool:
+def _is_exact(decision: Decision) -> bool:
     layer = decision.layer
     if decision.format is None or decision.shared is not None:
         return True
-    specs = decision.format.factor_specs(layer.shape, settings.stored_type(layer), decision.nonzeros)
+    specs = decision.format.factor_specs(layer.shape, decision.stored_type, decision.nonzeros)
     return decision.format.exact_bytes and all(is_exact(spec, decision.nonzeros) for spec in specs.values())
 
 
@@ -185,7 +194,7 @@ def _layout(checkpoint: Checkpoint, max_shard_bytes: int | None) -> Layout:
     return Layout(STEM, max_shard_bytes or largest, indexed=checkpoint.sharded)
 
 
-def _planned(checkpoint: Checkpoint, decisions: Sequence[Decision], settings: Settings, source: Stored) -> Contents:
+def _planned(checkpoint: Checkpoint, decisions: Sequence[Decision], source: Stored) -> Contents:
     """Return what would be written, without data."""
     packed = {}
     for decision in decisions:
@@ -198,7 +207,7 @@ def _planned(checkpoint: Checkpoint, decisions: Sequence[Decision], settings: Se
                 pieces = [*pieces_of(stem, shared.specs, together=stem), *pieces]
             packed[layer.name] = Packed(entry, shared.setting.rebuild, pieces)
         elif decision.format is not None:
-            specs = decision.format.factor_specs(layer.shape, settings.stored_type(layer), decision.nonzeros)
+            specs = decision.format.factor_specs(layer.shape, decision.stored_type, decision.nonzeros)
             entry = entry_of(layer, decision.format, specs)
             packed[layer.name] = Packed(entry, decision.format.rebuild, pieces_of(layer.name, specs))
     return _contents(checkpoint, packed, decisions, source)

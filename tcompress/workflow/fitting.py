@@ -70,15 +70,32 @@ def working_copy(weight: Tensor, device: torch.device) -> Tensor:
     return weight.to(device=device, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
 
-def fit(weight: Tensor, setting: Format, *, store: torch.dtype, device: torch.device) -> Fitted:
+def fit(
+    weight: Tensor,
+    setting: Format,
+    *,
+    store: torch.dtype,
+    device: torch.device,
+    target: Tensor | None = None,
+    gram: Tensor | None = None,
+) -> Fitted:
     """Fit one format to a weight (any floating type, CPU) and store its factors as ``store``.
 
-    Raises NumericalError when a factor is not finite in the stored type.
+    target: what is to be approximated in the weight's place, in the metric ``gram`` of the layer's input; the error
+    told is that of the weight all the same. Raises NumericalError when a factor is not finite in the stored type.
     """
     started = time.perf_counter()
-    planned = setting.factor_specs(tuple(weight.shape), store)
-    stored = _stored(setting.fit(working_copy(weight, device)).state_dict(), setting, planned, store)
+    aim = working_copy(weight if target is None else target, device)
+    found = setting.fit(aim) if gram is None else setting.fit(aim, gram.to(aim))
+    stored = stored_factors(found.state_dict(), setting, tuple(weight.shape), store)
     return _measured(weight, setting, stored, device, started)
+
+
+def stored_factors(
+    found: dict[str, Tensor], setting: Format, shape: tuple[int, ...], store: torch.dtype
+) -> dict[str, StoredFactor]:
+    """Return factors as they will lie on disk, and empty ``found``. Raises as ``fit``."""
+    return _stored(found, setting, setting.factor_specs(shape, store), store)
 
 
 def fit_several(

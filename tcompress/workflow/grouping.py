@@ -30,6 +30,7 @@ class Group:
     name: str
     layers: tuple[Layer, ...]
     choice: Format | Target
+    store: torch.dtype | None = None  # that the rules give; None leaves it to the settings of the run
 
     @property
     def dense_bytes(self) -> int:
@@ -78,24 +79,24 @@ def find_groups(choices: Sequence[tuple[Layer, Format | Target, Rule | None]]) -
 
     Raises UsageError that lists every group that a plan puts together of layers which cannot be.
     """
-    found: dict[str, list[tuple[Layer, Format | Target]]] = {}
+    found: dict[str, list[tuple[Layer, Format | Target, torch.dtype | None]]] = {}
     for layer, choice, rule in choices:
-        named = None if rule is None else rule.together
-        found.setdefault(named or _likeness(layer), []).append((layer, choice))
+        named, store = (None, None) if rule is None else (rule.together, rule.store)
+        found.setdefault(named or _likeness(layer), []).append((layer, choice, store))
     problems = []
     for name, members in found.items():
-        first, choice = members[0]
-        odd = [layer for layer, _ in members if (layer.shape, layer.dtype) != (first.shape, first.dtype)]
+        first, *asked = members[0]
+        odd = [layer for layer, *_ in members if (layer.shape, layer.dtype) != (first.shape, first.dtype)]
         if odd:
             problems.append(
                 f"together {printable(name)}: {printable(odd[0].name)} is {odd[0].dtype.name} {odd[0].shape}, "
                 f"{printable(first.name)} is {first.dtype.name} {first.shape}; layers fitted as one have one shape"
             )
-        if any(other != choice for _, other in members):
+        if any(others != asked for _, *others in members):
             problems.append(f"together {printable(name)}: its rules ask for different settings")
     if problems:
         raise UsageError("; ".join(problems))
-    return [Group(name, tuple(layer for layer, _ in members), members[0][1]) for name, members in found.items()]
+    return [Group(name, tuple(layer for layer, *_ in members), *members[0][1:]) for name, members in found.items()]
 
 
 def _likeness(layer: Layer) -> str:

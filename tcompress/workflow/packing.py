@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tcompress.checkpoint.journal import Journal, Record
-from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.manifest import Entry, parse_entry, shared_stem
-from tcompress.checkpoint.reader import Checkpoint
+from tcompress.checkpoint.mapped import tensor_of
+from tcompress.checkpoint.reader import Checkpoint, TensorInfo
 from tcompress.checkpoint.writer import Piece
+from tcompress.encodings import find
 from tcompress.errors import FormatError, NumericalError
-from tcompress.formats import Format
-from tcompress.workflow.fitting import Fitted, StoredFactor, fit
+from tcompress.workflow.fitting import Fitted, StoredFactor, fit, rebuild
 from tcompress.workflow.grouping import Shared, fit_shared
 from tcompress.workflow.layout import entry_of, stored_name
 from tcompress.workflow.planning import Decision
 from tcompress.workflow.progress import Progress, steps
+from tcompress.workflow.reconstruction import Reconstruction
 from tcompress.workflow.results import LayerResult
 from tcompress.workflow.settings import Settings
 
@@ -42,10 +45,15 @@ def fit_all(
     journal: Journal,
     progress: Progress,
     before_each: Callable[[], None],
+    reconstruction: Reconstruction | None = None,
 ) -> tuple[dict[str, Packed], list[LayerResult]]:
-    """Fit what the journal does not have yet. Nothing of a finished layer stays in memory but its description."""
+    """Fit what the journal does not have yet. Nothing of a finished layer stays in memory but its description.
+
+    reconstruction: says what each layer is to become behind those that are done, and in which order.
+    """
     decided = {decision.layer.name: decision for decision in decisions}
-    chosen = (decision.layer for decision in decisions if decision.format is not None)
+    chosen = [decision.layer for decision in decisions if decision.format is not None]
+    chosen = chosen if reconstruction is None else reconstruction.ordered(chosen)
     packed: dict[str, Packed] = {}
     results: dict[str, LayerResult] = {
         d.layer.name: LayerResult(d.layer, None, d.layer.dense_bytes, None, 0.0, d.reason)
@@ -58,35 +66,72 @@ def fit_all(
         members = [decision] if decision.shared is None else [decided[each.name] for each in decision.shared.layers]
         if layer == members[0].layer:
             key = f"layer {layer.name}"
-            record = journal[key] if key in journal else journal.put(key, *_finished(checkpoint, members, settings))
+            known = key in journal
+            found = None if known else _finished(checkpoint, members, settings, reconstruction)
+            record = journal[key] if found is None else journal.put(key, *found)
             _unpack(record, members, checkpoint, packed, results)
+            if reconstruction is not None:
+                _install(reconstruction, members, packed, settings)
     return packed, [results[decision.layer.name] for decision in decisions]
 
 
 def _finished(
-    checkpoint: Checkpoint, members: Sequence[Decision], settings: Settings
+    checkpoint: Checkpoint, members: Sequence[Decision], settings: Settings, reconstruction: Reconstruction | None
 ) -> tuple[Mapping[str, Any], list[Named]]:
     """Fit a layer, or a group as one: what is to be written down, and its tensors in the order of the members."""
     first = members[0]
     assert first.format is not None  # noqa: S101
+    layer, weight = first.layer, checkpoint.read(first.layer.name)
+    alone = reconstruction is not None and first.shared is None
+    aim = reconstruction.aim(layer, weight) if reconstruction is not None and alone else None
+    towards = {} if aim is None else {"target": aim.target, "gram": aim.gram}
     try:
         if first.shared is not None:
-            return _finished_group(checkpoint, first.shared, settings)
-        layer, store = first.layer, settings.stored_type(first.layer)
-        found = fit(checkpoint.read(layer.name), first.format, store=store, device=settings.device)
+            return _finished_group(checkpoint, first.shared, first.stored_type, settings)
+        found = fit(weight, first.format, store=first.stored_type, device=settings.device, **towards)
     except (NumericalError, FormatError) as error:
         # A layer that cannot be factorised is no reason to lose the others: it stays as it was, and says why.
         return {"reason": error.reason}, []
     entry = entry_of(layer, first.format, found.specs(), norm=found.norm, relative_error=found.relative_error)
     parts = list(_parts(layer.name, found.stored, layer.name))
-    return {"members": [_described(entry, found, found.stored_bytes, len(parts))]}, parts
+    described = _described(entry, found, found.stored_bytes, len(parts))
+    if aim is not None:
+        rebuilt = rebuild(first.format, layer.shape, found.factors, dtype=weight.dtype, device=settings.device)
+        described["output_error"] = aim.output_error(rebuilt)
+    return {"members": [described]}, parts
+
+
+def _install(
+    reconstruction: Reconstruction, members: Sequence[Decision], packed: Mapping[str, Packed], settings: Settings
+) -> None:
+    """Let the layers to come see these as they are stored, whether they were fitted now or by a run before."""
+    for decision in members:
+        layer, setting = decision.layer, decision.format
+        if layer.name not in packed or setting is None or decision.shared is not None:
+            continue
+        entry, pieces = packed[layer.name].entry, {piece.name: piece for piece in packed[layer.name].pieces}
+        factors = {}
+        for name, factor in entry.factors.items():
+            coding = find(factor.encoding, factor.values)
+            assert coding is not None, "it was written by this version"  # noqa: S101
+            parts = {part: _read(pieces[stored_name(layer.name, name, part)]) for part in coding.part_names}
+            shape = factor.shape if factor.shape is not None else tuple(parts[""].shape)
+            factors[name] = coding.decode(parts, shape)
+        dtype = layer.dtype.torch
+        assert dtype is not None, "layers are of floating types"  # noqa: S101
+        reconstruction.install(layer, rebuild(setting, layer.shape, factors, dtype=dtype, device=settings.device))
+
+
+def _read(piece: Piece) -> Tensor:
+    assert piece.data is not None, "what was written down has its data"  # noqa: S101
+    return tensor_of(piece.data(), TensorInfo(piece.name, piece.shape, piece.dtype), Path(piece.name))
 
 
 def _finished_group(
-    checkpoint: Checkpoint, shared: Shared, settings: Settings
+    checkpoint: Checkpoint, shared: Shared, store: torch.dtype, settings: Settings
 ) -> tuple[Mapping[str, Any], list[Named]]:
     """Fit a group; its shared factors go with the first member, and all members into one shard."""
-    stem, store = shared_stem(shared.name), settings.stored_type(shared.layers[0])
+    stem = shared_stem(shared.name)
     factors, found = fit_shared(checkpoint, shared, store, settings.device)
     members, parts = [], list(_parts(stem, factors, stem))
     before = 0
@@ -130,10 +175,17 @@ def _unpack(
         pieces = record.pieces[start : start + found["parts"]]
         start += found["parts"]
         packed[layer.name] = Packed(entry, setting.rebuild, pieces)
-        results[layer.name] = _result(layer, setting, entry, found, decision.notes)
+        results[layer.name] = _result(decision, entry, found)
 
 
-def _result(
-    layer: Layer, setting: Format, entry: Entry, found: Mapping[str, Any], notes: tuple[str, ...]
-) -> LayerResult:
-    return LayerResult(layer, setting, found["stored_bytes"], entry.relative_error, found["seconds"], notes=notes)
+def _result(decision: Decision, entry: Entry, found: Mapping[str, Any]) -> LayerResult:
+    return LayerResult(
+        decision.layer,
+        decision.format,
+        found["stored_bytes"],
+        entry.relative_error,
+        found["seconds"],
+        notes=decision.notes,
+        output_error=found.get("output_error"),
+        store=decision.store,
+    )

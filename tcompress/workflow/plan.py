@@ -10,15 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tcompress.checkpoint.layers import Layer
 from tcompress.errors import FormatError, UsageError
 from tcompress.formats import Format, find_format, make, to_dict
 from tcompress.formats.grouped import GroupFormat
 from tcompress.formats.options import check_options, frozen
+from tcompress.workflow.settings import STORED_TYPES, TYPE_NAMES
 
 VERSION = 1
 _BUDGETS = ("keep", "tolerance")
-_COMMENTS = frozenset({"why", "notes", "dense_bytes", "stored_bytes"})  # what a written plan tells its reader
+_COMMENTS = frozenset(
+    {"why", "notes", "dense_bytes", "stored_bytes", "expected_error"}
+)  # what a written plan tells its reader
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Rule:
 
     one_threshold: the amount is that of all these layers together, shared out by one threshold on magnitudes.
     together: layers whose rules give the same text here are fitted as one, by a format of several layers.
+    store: the type that factors are stored in; None leaves it to the settings of the run.
     """
 
     match: str
@@ -63,6 +69,7 @@ class Rule:
     one_threshold: bool = False
     comments: Mapping[str, Any] = field(default_factory=dict)
     together: str | None = None
+    store: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         format_type: object = self.format.format if isinstance(self.format, Target) else type(self.format)
@@ -91,7 +98,8 @@ class Rule:
                 said = to_dict(setting)
         shared = {"global": True} if self.one_threshold else {}
         together = {"together": self.together} if self.together is not None else {}
-        return {"match": self.match, **said, **shared, **together, **self.comments}
+        store = {} if self.store is None else {"dtype": TYPE_NAMES[self.store]}
+        return {"match": self.match, **said, **shared, **together, **store, **self.comments}
 
 
 @dataclass(frozen=True)
@@ -178,14 +186,21 @@ def _parse_rule(rule: Any) -> Rule:
             raise UsageError(f"dense takes no {', '.join(options)}")
         return Rule(match, None, comments=comments)
     one_threshold = options.pop("global", False) is True
+    store = _stored_type(options.pop("dtype", None))
     together = options.pop("together", None)
     if together is not None and (not isinstance(together, str) or not together):
         raise UsageError(f"together is a name for layers that are fitted as one, got {together!r}")
     budget = {key: options.pop(key) for key in _BUDGETS if key in options}
     format_type = find_format(name)
     if budget:
-        return Rule(match, Target(format_type, options, **budget), one_threshold, comments, together)
-    return Rule(match, make(format_type, options), one_threshold, comments, together)
+        return Rule(match, Target(format_type, options, **budget), one_threshold, comments, together, store)
+    return Rule(match, make(format_type, options), one_threshold, comments, together, store)
+
+
+def _stored_type(name: Any) -> torch.dtype | None:
+    if name is not None and (not isinstance(name, str) or name not in STORED_TYPES):
+        raise UsageError(f"dtype is one of {', '.join(STORED_TYPES)}, got {name!r}")
+    return None if name is None else STORED_TYPES[name]
 
 
 def _require_fraction(name: str, option: str, value: Any) -> None:

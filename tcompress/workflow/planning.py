@@ -32,7 +32,8 @@ _ATTEMPTS = 8  # at a tolerance, against the rounding of the stored factors; two
 class Decision:
     """What becomes of a layer: ``format``, or dense for ``reason``. Bytes are those on disk without the header.
 
-    notes: what a user should know of the format on this layer. shared: the group whose factors it shares.
+    store: the type that its factors are stored in. notes: what a user should know of the format on this layer.
+    shared: the group whose factors it shares.
     """
 
     layer: Layer
@@ -42,6 +43,7 @@ class Decision:
     nonzeros: int | None = None
     notes: tuple[str, ...] = ()
     shared: Shared | None = None
+    store: torch.dtype | None = None
 
     def to_rule(self) -> Rule:
         """Return the rule that says this of the layer alone."""
@@ -49,7 +51,19 @@ class Decision:
         why = {} if self.reason is None else {"why": self.reason}
         notes = {"notes": list(self.notes)} if self.notes else {}
         together = None if self.shared is None else self.shared.name
-        return Rule(exactly(self.layer.name), self.format, comments={**comments, **why, **notes}, together=together)
+        return Rule(
+            exactly(self.layer.name),
+            self.format,
+            comments={**comments, **why, **notes},
+            together=together,
+            store=None if self.store == self.layer.dtype.torch else self.store,
+        )
+
+    @property
+    def stored_type(self) -> torch.dtype:
+        """The type that the factors are stored in, of a layer that has some."""
+        assert self.store is not None, "only a dense layer stores no factors"  # noqa: S101
+        return self.store
 
 
 def _always_search(layer: Layer, search: Search) -> Format | str:
@@ -98,14 +112,15 @@ def decide_groups(
         layer = next(layer for layer, _, _ in choices if layer.name == name)
         decided[name] = Decision(layer, None, reason, layer.dense_bytes)
     for group in find_groups([(layer, c, rule) for layer, c, rule in choices if c and layer.name not in apart]):
-        found = find_shared(checkpoint, group, settings.stored_type(group.layers[0]), settings.device)
+        store = settings.storing(group.store).stored_type(group.layers[0])
+        found = find_shared(checkpoint, group, store, settings.device)
         for layer in group.layers:
             if isinstance(found, str):
                 decided[layer.name] = Decision(layer, None, found, layer.dense_bytes)
             else:
                 notes = found.setting.notes(layer.shape)
                 decided[layer.name] = Decision(
-                    layer, found.setting, None, found.bytes_of(layer), notes=notes, shared=found
+                    layer, found.setting, None, found.bytes_of(layer), notes=notes, shared=found, store=store
                 )
     return decided
 
@@ -161,7 +176,7 @@ def _choices(
         if rule.one_threshold:
             sharing.setdefault(id(rule), (rule, []))[1].append(layer)
     for rule, members in sharing.values():
-        stored = {layer.name: settings.stored_type(layer) for layer in members}
+        stored = {layer.name: settings.storing(rule.store).stored_type(layer) for layer in members}
         choices.update(share_threshold(checkpoint, members, rule, stored, settings.device))
     return choices
 
@@ -187,7 +202,7 @@ def _decision(
     clash = _clash(checkpoint, layer)
     if clash:
         return dense(clash)
-    choice = choices[layer.name]
+    choice, settings = choices[layer.name], settings.storing(rule.store)
 
     def search() -> Format | str:
         return find_setting(lambda: checkpoint.read(layer.name), layer, choice, settings)
@@ -206,7 +221,7 @@ def _weigh(layer: Layer, found: Format | str, nonzeros: int, settings: Settings)
         return Decision(layer, None, found, layer.dense_bytes)
     stored, header = planned_bytes(layer, found, store, nonzeros)
     if stored + header < layer.dense_bytes:
-        return Decision(layer, found, None, stored, nonzeros, found.notes(layer.shape))
+        return Decision(layer, found, None, stored, nonzeros, found.notes(layer.shape), store=store)
     limit = break_even(type(found), layer, store)
     way_out = "no setting is smaller" if limit is None else f"break-even is {limit}"
     reason = f"larger than dense at {found}: {stored} + {header} header bytes, dense {layer.dense_bytes}; {way_out}"

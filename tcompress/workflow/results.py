@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tcompress.checkpoint.integrity import sha256_of_files
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.manifest import SIDECAR
@@ -34,7 +36,9 @@ class Stored:
 class LayerResult:
     """What became of a layer. format None: it is dense, for ``reason``. notes: what else to know, as a clipped rank.
 
-    exact_bytes: False where stored_bytes are a bound.
+    exact_bytes: False where stored_bytes are a bound. store: the type of the factors. output_error: how far the layer's
+    output, behind the layers that were compressed before it, is from the dense model's on the calibration inputs; None
+    where it was not looked at.
     """
 
     layer: Layer
@@ -45,6 +49,8 @@ class LayerResult:
     reason: str | None = None
     notes: tuple[str, ...] = ()
     exact_bytes: bool = True
+    output_error: float | None = None
+    store: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

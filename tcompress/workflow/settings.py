@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tcompress.checkpoint.layers import Layer
+from tcompress.encodings import INT4
 
 CPU = torch.device("cpu")
+# The types that factors are stored in, by their names on the command line and in plans.
+STORED_TYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "int8": torch.int8,
+    "int4": INT4,
+}
+TYPE_NAMES = {dtype: name for name, dtype in STORED_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -24,3 +35,7 @@ class Settings:
         own = layer.dtype.torch
         assert own is not None, "layers are of floating types"  # noqa: S101
         return self.store or own
+
+    def storing(self, store: torch.dtype | None) -> Settings:
+        """Return these settings with another stored type, if one is given."""
+        return self if store is None else replace(self, store=store)

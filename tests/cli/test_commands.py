@@ -9,7 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-COMMANDS = ["inspect", "analyze", "compress", "decompress", "verify", "evaluate", "export", "formats"]
+COMMANDS = [
+    "inspect",
+    "analyze",
+    "plan",
+    "calibrate",
+    "compress",
+    "decompress",
+    "verify",
+    "evaluate",
+    "export",
+    "formats",
+]
 
 
 def test_there_and_back_in_three_commands(tcompress, model_file):
@@ -51,8 +62,8 @@ def test_json_is_one_document_with_stable_keys(tcompress, model_file):
     ]  # fmt: skip
     assert document["schema"] == 1
     assert list(document["layers"][0]) == [
-        "name", "kind", "shape", "dtype", "format", "options", "dense_bytes", "stored_bytes", "relative_error",
-        "seconds", "reason", "notes",
+        "name", "kind", "shape", "dtype", "format", "options", "stored_dtype", "dense_bytes", "stored_bytes",
+        "relative_error", "output_error", "seconds", "reason", "notes",
     ]  # fmt: skip
     assert list(document["source"]) == ["path", "files", "bytes", "sha256"]
     for arguments in (["inspect", model_file], ["analyze", model_file], ["verify", "s.safetensors"], ["formats"]):
@@ -130,7 +141,8 @@ USAGE = {
     "two budgets": (["--format", "svd", "--rank", "2", "--keep", "0.5"], "give one of --rank, --keep and --tolerance"),
     "budget twice": (["--format", "svd:rank=2", "--keep", "0.5"], "says its rank already; leave out --keep"),
     "no rank": (["--format", "sparse", "--rank", "2"], "sparse has no rank; use --keep, --tolerance or"),
-    "no format": (["--rank", "2"], "give --format or --plan"),
+    "no format": (["--rank", "2"], "--rank, --tolerance and --global go with --format"),
+    "nothing asked": ([], "give --format or --plan, or --keep or --max-bytes alone"),
     "unknown format": (["--format", "magic", "--rank", "2"], "there is no format 'magic'; there are: svd, tt, "),
     "unknown option": (["--format", "svd:rang=2"], "svd: has no option rang; it has rank, seed"),
     "no such layer": (["--format", "svd", "--rank", "2", "--include", "x*"], "no layer matches x*; there are"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tcompress.checkpoint.dtypes import BY_NAME
 from tcompress.checkpoint.layers import Layer, LayerKind
@@ -29,6 +30,7 @@ def test_a_plan_reads_what_it_writes():
             Rule("layers.*.q.weight", SVD(rank=8)),
             Rule("layers.*", Target(SVD, {"seed": 3}, keep=0.25)),
             Rule("embed.*", Target(Sparse, tolerance=0.1)),
+            Rule("conv.*", SVD(rank=2), store=torch.int8),
             Rule("*", Sparse(density=0.1), one_threshold=True),
         )
     )
@@ -112,3 +114,9 @@ def test_a_target_needs_exactly_one_budget():
         Target(SVD)
     with pytest.raises(FormatError, match="svd: rank is given beside keep or tolerance"):
         Target(SVD, {"rank": 2}, keep=0.5)
+
+
+@pytest.mark.parametrize("name", ["int3", 8, ["int8"]])
+def test_a_type_that_nothing_is_stored_in_is_told(name):
+    with pytest.raises(UsageError, match="rule 1: dtype is one of bf16, fp16, fp32, fp64, int8, int4"):
+        parse_plan(document({"match": "*", "format": "svd", "rank": 2, "dtype": name}), "p")

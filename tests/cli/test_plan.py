@@ -1,0 +1,90 @@
+"""tcompress plan, and compress without a format, as a person uses them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+TASK = f"""
+import sys
+sys.path.append({str(ROOT)!r})
+import torch
+from fixtures.models import DigitsMLP, training_images
+
+def model():
+    return DigitsMLP()
+
+def calibration_batches():
+    return list(training_images()[0][:96].split(32))
+"""
+
+
+@pytest.fixture
+def dense(fixtures):
+    return fixtures / "digits_mlp.safetensors"
+
+
+def test_one_budget_is_enough(tcompress, dense):
+    done = tcompress("compress", dense, "--keep", "0.1", "--formats", "svd,sparse", "-o", "s.safetensors", "--json")
+    assert (done.code, done.err) == (0, "")
+    document = json.loads(done.out)
+    assert sum(layer["stored_bytes"] for layer in document["layers"]) <= 0.1 * (128 * 128 + 128 * 64 + 10 * 128) * 4
+    assert {layer["stored_dtype"] for layer in document["layers"]} <= {"int4", "int8", "fp16", "fp32", None}
+    assert tcompress("verify", "s.safetensors", "--against", dense).code == 0
+
+
+def test_a_plan_that_was_written_does_what_the_budget_does(tcompress, dense):
+    budget = ("--max-bytes", "15kB", "--formats", "svd,sparse")
+    shown = tcompress("plan", dense, *budget, "-o", "plan.json")
+    assert (shown.code, shown.err) == (0, "")
+    assert "planned 3 layers" in shown.out
+    assert tcompress("compress", dense, "--plan", "plan.json", "-o", "a.safetensors").code == 0
+    assert tcompress("compress", dense, *budget, "-o", "b.safetensors").code == 0
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    assert 13000 < Path("a.safetensors").stat().st_size <= 15000
+
+
+def test_a_layer_can_be_explained(tcompress, dense):
+    shown = tcompress("plan", dense, "--keep", "0.2", "--formats", "svd,sparse", "--explain", "hidden.weight", "--json")
+    curve = json.loads(shown.out)["curve"]
+    assert [each["stored_bytes"] for each in curve] == sorted(each["stored_bytes"] for each in curve)
+    assert sum(each["chosen"] for each in curve) == 1
+    assert {each["format"] for each in curve} == {"dense", "svd", "sparse"}
+    unknown = tcompress("plan", dense, "--keep", "0.2", "--formats", "svd", "--explain", "nothing")
+    assert (unknown.code, unknown.out) == (2, "")
+    assert "there is no layer nothing" in unknown.err
+
+
+def test_a_task_makes_outputs_nearer(tcompress, dense):
+    Path("task.py").write_text(TASK)
+    options = ("--keep", "0.06", "--formats", "svd,sparse", "--task", "task.py", "-o", "s.safetensors")
+    done = tcompress("compress", dense, *options)
+    assert (done.code, done.err) == (0, "")
+    assert "of output" in done.out
+    assert tcompress("calibrate", dense, "--task", "task.py", "-o", "stats.safetensors").code == 0
+    assert tcompress("plan", dense, "--keep", "0.06", "--formats", "svd", "--stats", "stats.safetensors").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--keep", "0.0001"], 3, "the smallest takes"),
+        (["--keep", "0.5", "--max-bytes", "1MB"], 2, "give one budget"),
+        ([], 2, "give one budget"),
+        (["--keep", "0.5", "--formats", "svd,nothing"], 2, "there is no format 'nothing'"),
+        (["--keep", "0.5", "--formats", "joint"], 2, "several layers at once"),
+        (["--keep", "0.5", "--strip-prefix", "module."], 2, "give --task"),
+        (["--keep", "0.5", "--include", "nothing"], 2, "no layer matches nothing"),
+        (["--keep", "0.5", "--task", "missing.py"], 2, "there is no such task file"),
+        (["--keep", "0.5", "--stats", "missing.safetensors"], 4, "missing.safetensors"),
+    ],
+)
+def test_what_cannot_be_is_one_line(tcompress, dense, arguments, code, message):
+    answer = tcompress("plan", dense, *arguments, "-o", "plan.json")
+    assert (answer.code, answer.out) == (code, "")
+    assert answer.err.count("\n") == 1
+    assert message in answer.err
+    assert not Path("plan.json").exists()

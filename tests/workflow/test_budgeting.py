@@ -1,0 +1,134 @@
+"""One budget in, a plan out: it keeps within the budget, says what comes, and is no worse than any single format."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tcompress.checkpoint.opening import open_checkpoint
+from tcompress.errors import LimitError, UsageError
+from tcompress.formats.sparse import Sparse
+from tcompress.formats.svd import SVD
+from tcompress.workflow.budgeting import make_plan, matching
+from tcompress.workflow.compression import compress
+from tcompress.workflow.plan import Target, parse_plan, plan_for
+from tcompress.workflow.settings import Settings
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A layer of rank 3, one of few large values, one of noise, and a bias."""
+    random = torch.Generator().manual_seed(0)
+    low = torch.randn(48, 3, generator=random) @ torch.randn(3, 40, generator=random)
+    thin = torch.zeros(48, 40)
+    thin.view(-1)[::17] = torch.randn(113, generator=random)
+    noise = torch.randn(64, 48, generator=random)
+    path = tmp_path / "model.safetensors"
+    save_file({"low.weight": low, "thin.weight": thin, "noise.weight": noise, "noise.bias": torch.zeros(64)}, path)
+    return path
+
+
+def loss_of(result):
+    return sum(math.sqrt(row.layer.values) * (row.relative_error or 0) ** 2 for row in result.layers)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.2, 0.08])
+def test_the_factors_keep_within_the_budget_and_use_it(model, tmp_path, keep):
+    with open_checkpoint(model) as checkpoint:
+        planned = make_plan(checkpoint, keep=keep)
+        result = compress(checkpoint, planned.plan, out=tmp_path / "small.safetensors")
+    dense = sum(row.layer.dense_bytes for row in result.layers)
+    written = sum(row.stored_bytes for row in result.layers)
+    assert written <= keep * dense
+    assert written == pytest.approx(planned.stored_bytes, rel=0.01)
+    assert planned.bound <= planned.loss * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("max_bytes", [12000, 6000])
+def test_a_budget_for_the_file_is_kept_by_the_file(model, tmp_path, max_bytes):
+    with open_checkpoint(model) as checkpoint:
+        planned = make_plan(checkpoint, max_bytes=max_bytes)
+        result = compress(checkpoint, planned.plan, out=tmp_path / "small.safetensors")
+    assert 0.8 * max_bytes < result.stored_bytes <= max_bytes
+
+
+def test_each_layer_gets_what_suits_it(model):
+    with open_checkpoint(model) as checkpoint:
+        planned = make_plan(checkpoint, keep=0.12, settings=Settings(store=torch.float32))
+    chosen = {each.layer.name: each.chosen.format.name for each in planned.layers if each.chosen.format}
+    assert chosen["low.weight"] in {"svd", "tt"}
+    assert chosen["thin.weight"] == "sparse"
+
+
+@pytest.mark.parametrize("kind", [SVD, Sparse])
+def test_it_is_better_than_one_format_for_all_at_equal_bytes(model, tmp_path, kind):
+    with open_checkpoint(model) as checkpoint:
+        own = make_plan(checkpoint, keep=0.15)
+        planned = compress(checkpoint, own.plan, out=tmp_path / "planned.safetensors")
+        for store in (None, torch.int8):
+            settings = Settings(store=store)
+            uniform = compress(
+                checkpoint,
+                plan_for(Target(kind, keep=0.15)),
+                out=tmp_path / "o.safetensors",
+                settings=settings,
+                force=True,
+            )
+            assert loss_of(planned) < loss_of(uniform)
+
+
+def test_the_same_model_gives_the_same_plan_and_the_plan_reads_what_it_wrote(model):
+    with open_checkpoint(model) as checkpoint:
+        first, second = (make_plan(checkpoint, keep=0.1).plan.to_json() for _ in range(2))
+    assert first == second
+    assert parse_plan(json.loads(json.dumps(first)), "plan").to_json() == first
+
+
+def test_formats_and_types_that_are_given_are_the_only_ones(model):
+    with open_checkpoint(model) as checkpoint:
+        planned = make_plan(checkpoint, keep=0.2, formats=[SVD], settings=Settings(store=torch.int8))
+    chosen = [each.chosen for each in planned.layers if each.chosen.format]
+    assert chosen
+    assert all(isinstance(each.format, SVD) and each.store == torch.int8 for each in chosen)
+
+
+def test_a_budget_that_cannot_be_met_is_told_with_the_smallest_that_can(model, tmp_path):
+    with open_checkpoint(model) as checkpoint:
+        with pytest.raises(LimitError, match=r"the smallest takes [0-9]+, --keep ") as told:
+            make_plan(checkpoint, keep=0.001)
+        least = float(str(told.value).rsplit(" ", 1)[1])
+        planned = make_plan(checkpoint, keep=least)
+        compress(checkpoint, planned.plan, out=tmp_path / "small.safetensors")
+
+
+def test_layers_that_are_left_out_stay_dense_and_do_not_count(model, tmp_path):
+    with open_checkpoint(model) as checkpoint:
+        layers = matching(checkpoint, ["*.weight"], ["noise.*"])
+        planned = make_plan(checkpoint, keep=0.2, layers=layers)
+        result = compress(checkpoint, planned.plan, out=tmp_path / "small.safetensors")
+        with pytest.raises(UsageError, match="no layer matches nothing"):
+            matching(checkpoint, ["nothing"], [])
+    by_name = {row.layer.name: row for row in result.layers}
+    assert by_name["noise.weight"].format is None
+    assert sum(row.stored_bytes for name, row in by_name.items() if name != "noise.weight") <= 0.2 * 2 * 48 * 40 * 4
+
+
+def test_one_budget_is_asked_for(model):
+    with open_checkpoint(model) as checkpoint, pytest.raises(UsageError, match="give one budget"):
+        make_plan(checkpoint)
+
+
+def test_an_all_zero_layer_and_one_that_is_not_finite_do_no_harm(tmp_path):
+    path = tmp_path / "odd.safetensors"
+    odd = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    odd[3, 4] = math.nan
+    save_file({"zero.weight": torch.zeros(32, 32), "odd.weight": odd}, path)
+    with open_checkpoint(path) as checkpoint:
+        planned = make_plan(checkpoint, keep=0.9)
+    chosen = {each.layer.name: each.chosen for each in planned.layers}
+    assert chosen["odd.weight"].format is None
+    assert chosen["zero.weight"].loss == 0 or chosen["zero.weight"].format is None

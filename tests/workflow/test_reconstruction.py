@@ -1,0 +1,192 @@
+"""Layers fitted behind the layers that are compressed before them, on models small enough to be worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tcompress.checkpoint.layers import find_layers
+from tcompress.checkpoint.opening import open_checkpoint
+from tcompress.errors import InputError, NumericalError, TaskError
+from tcompress.formats.sparse import Sparse
+from tcompress.formats.svd import SVD
+from tcompress.workflow.budgeting import make_plan
+from tcompress.workflow.calibration import calibrate
+from tcompress.workflow.compression import compress
+from tcompress.workflow.decompression import decompress
+from tcompress.workflow.plan import plan_for
+from tcompress.workflow.reconstruction import Reconstruction
+from tcompress.workflow.task import load_task
+from tcompress.workflow.tracing import NEEDS
+
+TASK = """
+import torch
+from torch import nn
+
+def model():
+    return nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
+
+def calibration_batches():
+    random = torch.Generator().manual_seed(1)
+    mix = torch.randn(12, 12, generator=random)
+    return [torch.randn(64, 12, generator=random) @ mix for _ in range(4)]
+"""
+
+
+@pytest.fixture
+def task(tmp_path):
+    path = tmp_path / "task.py"
+    path.write_text(TASK)
+    return load_task(str(path), NEEDS)
+
+
+@pytest.fixture
+def model(task):
+    torch.manual_seed(0)
+    return task.model()
+
+
+@pytest.fixture
+def source(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def outputs(task, tensors):
+    model = task.model()
+    model.load_state_dict(tensors)
+    with torch.no_grad():
+        return torch.cat([model(batch) for batch in task.calibration_batches()])
+
+
+def distance(source, task, tmp_path, setting, *, sequential):
+    with open_checkpoint(source) as checkpoint:
+        rebuilt = Reconstruction(checkpoint, task) if sequential else None
+        out = tmp_path / "small.safetensors"
+        result = compress(checkpoint, plan_for(setting), out=out, reconstruction=rebuilt, force=True)
+    with open_checkpoint(out) as small:
+        decompress(small, out=tmp_path / "dense.safetensors", force=True)
+    dense = outputs(task, load_file(source))
+    return float((outputs(task, load_file(tmp_path / "dense.safetensors")) - dense).norm() / dense.norm()), result
+
+
+@pytest.mark.parametrize("setting", [SVD(rank=6), Sparse(density=0.3)], ids=str)
+def test_the_output_is_nearer_than_without_the_inputs(source, task, tmp_path, setting):
+    alone, _ = distance(source, task, tmp_path, setting, sequential=False)
+    behind, result = distance(source, task, tmp_path, setting, sequential=True)
+    assert behind < 0.7 * alone
+    told = {row.layer.name: row.output_error for row in result.layers if row.format is not None}
+    assert all(error is not None for error in told.values())
+    assert told["4.weight"] == pytest.approx(behind, rel=0.2)  # the last layer's output is the model's, its bias aside
+
+
+def test_the_target_is_the_least_squares_solution_from_the_prefix(source, task):
+    with open_checkpoint(source) as checkpoint:
+        both = Reconstruction(checkpoint, task)
+        first, second, _ = find_layers(checkpoint)
+        weight = checkpoint.read(second.name)
+        changed = checkpoint.read(first.name) * 0.5
+        both.install(first, changed)
+        aim = both.aim(second, weight)
+    tensors = load_file(source)
+    x0 = torch.cat(list(task.calibration_batches())) @ tensors["0.weight"].T + tensors["0.bias"]
+    x = torch.cat(list(task.calibration_batches())) @ changed.T + tensors["0.bias"]
+    x0, x = x0.relu().double(), x.relu().double()
+    gram, cross = x.T @ x / len(x), x0.T @ x / len(x)
+    damping = 0.01 * gram.diagonal().mean()
+    damped = gram + damping * torch.eye(24)
+    expected = torch.linalg.solve(damped, (weight.double() @ cross + damping * weight).T).T
+    torch.testing.assert_close(aim.gram.double(), damped, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(aim.target.double(), expected, rtol=1e-3, atol=1e-4)
+    wanted = float(((x0 @ weight.double().T) - (x @ weight.double().T)).norm() / (x0 @ weight.double().T).norm())
+    assert aim.output_error(weight) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_without_any_error_before_it_a_layer_keeps_its_weight(source, task):
+    with open_checkpoint(source) as checkpoint:
+        both = Reconstruction(checkpoint, task)
+        for layer in both.ordered(find_layers(checkpoint)):
+            weight = checkpoint.read(layer.name)
+            torch.testing.assert_close(both.aim(layer, weight).target, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_inputs_give_the_same_bytes(source, task, tmp_path):
+    written = []
+    for name in ("one", "two"):
+        with open_checkpoint(source) as checkpoint:
+            out = tmp_path / f"{name}.safetensors"
+            compress(checkpoint, plan_for(SVD(rank=4)), out=out, reconstruction=Reconstruction(checkpoint, task))
+            written.append(out.read_bytes())
+    assert written[0] == written[1]
+
+
+def test_a_plan_made_with_a_model_keeps_its_budget(source, task, tmp_path):
+    with open_checkpoint(source) as checkpoint:
+        both = Reconstruction(checkpoint, task)
+        planned = make_plan(checkpoint, keep=0.3, formats=[SVD, Sparse], reconstruction=both)
+        result = compress(checkpoint, planned.plan, out=tmp_path / "small.safetensors", reconstruction=both)
+    assert sum(row.stored_bytes for row in result.layers) <= 0.3 * sum(row.layer.dense_bytes for row in result.layers)
+    assert all("output" in each.why for each in planned.layers if each.chosen.format is not None)
+
+
+def test_inputs_that_are_not_finite_name_the_layer(source, task, tmp_path):
+    tensors = load_file(source)
+    tensors["0.bias"][0] = float("inf")
+    save_file(tensors, tmp_path / "broken.safetensors")
+    with open_checkpoint(tmp_path / "broken.safetensors") as checkpoint:
+        both = Reconstruction(checkpoint, task)
+        with pytest.raises(NumericalError, match=r"tensor 2\.weight: its inputs are not finite"):
+            make_plan(checkpoint, keep=0.3, formats=[SVD], reconstruction=both)
+
+
+def test_batches_that_do_not_fit_the_model_are_told_with_their_number(source, tmp_path):
+    path = tmp_path / "other.py"
+    path.write_text(TASK.replace("for _ in range(4)]", "for _ in range(4)] + [torch.zeros(3, 5)]"))
+    with open_checkpoint(source) as checkpoint:
+        both = Reconstruction(checkpoint, load_task(str(path), NEEDS))
+        with pytest.raises(TaskError, match="batch 5 of calibration_batches does not fit the model"):
+            make_plan(checkpoint, keep=0.3, formats=[SVD], reconstruction=both)
+
+
+class Shared(nn.Module):
+    """Two layers that look at one input, and their product."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(8, 8)
+        self.query = nn.Linear(8, 8)
+        self.key = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.query(x) * self.key(x))
+
+
+def test_layers_come_in_the_order_of_their_calls(tmp_path):
+    path = tmp_path / "task.py"
+    path.write_text(
+        "import torch\nfrom tests.workflow.test_reconstruction import Shared\nmodel = Shared\n"
+        "def calibration_batches():\n    return [torch.ones(4, 8)]\n"
+    )
+    torch.manual_seed(0)
+    save_file(Shared().state_dict(), tmp_path / "m.safetensors")
+    with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
+        both = Reconstruction(checkpoint, load_task(str(path), NEEDS))
+        names = [layer.name for layer in both.ordered(find_layers(checkpoint))]
+    assert names == ["query.weight", "key.weight", "last.weight"]
+
+
+def test_a_plan_from_statistics_is_about_outputs_and_only_of_their_own_checkpoint(source, task, tmp_path):
+    with open_checkpoint(source) as checkpoint:
+        found = calibrate(checkpoint, task)
+        planned = make_plan(checkpoint, keep=0.3, formats=[SVD, Sparse], statistics=found)
+    assert all("output" in each.why for each in planned.layers if each.chosen.format is not None)
+    changed = {name: tensor + 1 for name, tensor in load_file(source).items()}
+    save_file(changed, tmp_path / "other.safetensors")
+    with (
+        open_checkpoint(tmp_path / "other.safetensors") as other,
+        pytest.raises(InputError, match="another checkpoint"),
+    ):
+        make_plan(other, keep=0.3, statistics=found)
