@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tcompress.formats import FORMATS
     from tcompress.runtime.install import collect
     from tcompress.workflow.analysis import analyze
+    from tcompress.workflow.budgeting import make_plan
+    from tcompress.workflow.calibration import calibrate
     from tcompress.workflow.compression import compress, dry_run
     from tcompress.workflow.decompression import decompress
     from tcompress.workflow.evaluation import evaluate
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from tcompress.workflow.inspection import inspect
     from tcompress.workflow.loading import load_into, load_state_dict
     from tcompress.workflow.plan import Plan, Target, plan_for, read_plan
+    from tcompress.workflow.reconstruction import Reconstruction
     from tcompress.workflow.saving import save_compressed
     from tcompress.workflow.settings import Settings
     from tcompress.workflow.task import load_task
@@ -30,10 +33,12 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMATS",
     "Plan",
+    "Reconstruction",
     "Settings",
     "Target",
     "__version__",
     "analyze",
+    "calibrate",
     "collect",
     "compress",
     "decompress",
@@ -44,6 +49,7 @@ __all__ = [
     "load_into",
     "load_state_dict",
     "load_task",
+    "make_plan",
     "open_checkpoint",
     "plan_for",
     "read_plan",
@@ -54,9 +60,11 @@ __all__ = [
 _HOME = {
     "FORMATS": "tcompress.formats",
     "Plan": "tcompress.workflow.plan",
-    "Settings": "tcompress.workflow.planning",
+    "Reconstruction": "tcompress.workflow.reconstruction",
+    "Settings": "tcompress.workflow.settings",
     "Target": "tcompress.workflow.plan",
     "analyze": "tcompress.workflow.analysis",
+    "calibrate": "tcompress.workflow.calibration",
     "collect": "tcompress.runtime.install",
     "compress": "tcompress.workflow.compression",
     "decompress": "tcompress.workflow.decompression",
@@ -67,6 +75,7 @@ _HOME = {
     "load_into": "tcompress.workflow.loading",
     "load_state_dict": "tcompress.workflow.loading",
     "load_task": "tcompress.workflow.task",
+    "make_plan": "tcompress.workflow.budgeting",
     "open_checkpoint": "tcompress.checkpoint.opening",
     "plan_for": "tcompress.workflow.plan",
     "read_plan": "tcompress.workflow.plan",

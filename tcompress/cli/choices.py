@@ -18,7 +18,13 @@ from tcompress.workflow.tracing import NEEDS
 
 
 def choices(
-    formats: Sequence[str], *, rank: int | None, keep: float | None, tolerance: float | None, seed: int
+    formats: Sequence[str],
+    *,
+    rank: int | None,
+    keep: float | None,
+    tolerance: float | None,
+    seed: int,
+    rank_rule: str | None = None,
 ) -> list[Format | Target]:
     """Return what each ``--format`` asks for together with the one budget that stands beside it.
 
@@ -26,6 +32,10 @@ def choices(
     """
     if sum(budget is not None for budget in (rank, keep, tolerance)) > 1:
         raise UsageError("give one of --rank, --keep and --tolerance, they are three ways to say how much is kept")
+    if rank_rule is not None:
+        if any(budget is not None for budget in (rank, keep, tolerance)):
+            raise UsageError("--rank-rule says the ranks; leave out --rank, --keep and --tolerance")
+        return [_by_rule(text, rank_rule, seed) for text in formats]
     return [_choice(text, rank, keep, tolerance, seed) for text in formats]
 
 
@@ -54,6 +64,11 @@ def reconstruction_of(
         return None
     task = load_task(task_file, NEEDS)
     return Reconstruction(checkpoint, task, strip_prefix=strip_prefix, device=device)
+
+
+def _by_rule(text: str, rank_rule: str, seed: int) -> Target:
+    format_type, options = parse(text)
+    return Target(format_type, {**_seed(format_type, seed), **options}, rank_rule=rank_rule)
 
 
 def _choice(text: str, rank: int | None, keep: float | None, tolerance: float | None, seed: int) -> Format | Target:

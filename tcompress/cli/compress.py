@@ -55,6 +55,14 @@ SavePlan = Annotated[
     Path | None, typer.Option(help="Write the plan, a rule a layer, to be edited.", metavar="PLAN.json")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the exact bytes, write no checkpoint.")]
+RankRule = Annotated[
+    str | None,
+    typer.Option(
+        help="svd: the rank by each layer's spectrum: evbmf, evbmf:WEAKENING or energy:SHARE.",
+        metavar="RULE",
+        rich_help_panel="How much",
+    ),
+]
 OneThreshold = Annotated[
     bool, typer.Option("--global", help="sparse, lrs: one threshold over all layers; the budget is that of all.")
 ]
@@ -82,6 +90,7 @@ def compress(
     rank: Rank = None,
     keep: Keep = None,
     tolerance: Tolerance = None,
+    rank_rule: RankRule = None,
     include: Include = None,
     exclude: Exclude = None,
     one_threshold: OneThreshold = False,
@@ -127,7 +136,16 @@ def compress(
     from tcompress.workflow.settings import Settings
 
     asked = _plan(
-        plan_file, format_name, include, exclude, one_threshold, rank=rank, keep=keep, tolerance=tolerance, seed=seed
+        plan_file,
+        format_name,
+        include,
+        exclude,
+        one_threshold,
+        rank=rank,
+        keep=keep,
+        tolerance=tolerance,
+        seed=seed,
+        rank_rule=rank_rule,
     )
     if asked is None and keep is None and max_bytes is None:
         raise UsageError(
@@ -195,6 +213,7 @@ def _plan(
     keep: float | None,
     tolerance: float | None,
     seed: int,
+    rank_rule: str | None,
 ) -> Plan | None:
     """Return the plan that the options say; None where one is to be made."""
     from tcompress.cli.choices import choices
@@ -203,15 +222,15 @@ def _plan(
     if plan_file is not None and format_name is not None:
         raise UsageError("give --format or --plan, not both")
     if plan_file is None and format_name is None:
-        if rank is not None or tolerance is not None or one_threshold:
+        if any(each is not None for each in (rank, tolerance, rank_rule)) or one_threshold:
             raise UsageError(
                 "--rank, --tolerance and --global go with --format; a plan is made for --keep or --max-bytes"
             )
         return None
     if format_name is not None:
-        (choice,) = choices([format_name], rank=rank, keep=keep, tolerance=tolerance, seed=seed)
+        (choice,) = choices([format_name], rank=rank, keep=keep, tolerance=tolerance, seed=seed, rank_rule=rank_rule)
         return plan_for(choice, include=include or (), exclude=exclude or (), one_threshold=one_threshold)
-    if include or exclude or one_threshold or any(budget is not None for budget in (rank, keep, tolerance)):
+    if include or exclude or one_threshold or any(budget is not None for budget in (rank, keep, tolerance, rank_rule)):
         raise UsageError("--plan says everything about layers and formats; leave the other options to it")
     assert plan_file is not None  # noqa: S101
     return read_plan(plan_file)

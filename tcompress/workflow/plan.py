@@ -17,10 +17,12 @@ from tcompress.errors import FormatError, UsageError
 from tcompress.formats import Format, find_format, make, to_dict
 from tcompress.formats.grouped import GroupFormat
 from tcompress.formats.options import check_options, frozen
+from tcompress.formats.svd import SVD
+from tcompress.workflow.rank_rules import check_rule
 from tcompress.workflow.settings import STORED_TYPES, TYPE_NAMES
 
 VERSION = 1
-_BUDGETS = ("keep", "tolerance")
+_BUDGETS = ("keep", "tolerance", "rank_rule")
 _COMMENTS = frozenset(
     {"why", "notes", "dense_bytes", "stored_bytes", "expected_error"}
 )  # what a written plan tells its reader
@@ -31,27 +33,39 @@ class Target:
     """A format whose size is still to be found for each layer.
 
     keep: the fraction of the layer's dense bytes that may be kept. tolerance: the largest relative error allowed.
-    Exactly one of them is given.
+    rank_rule: of ``rank_rules.py``, by which the spectrum says the rank, of svd. Exactly one of them is given.
     """
 
     format: type[Format]
     options: Mapping[str, Any] = field(default_factory=dict)
     keep: float | None = None
     tolerance: float | None = None
+    rank_rule: str | None = None
 
     def __post_init__(self) -> None:
         name = self.format.name
-        if (self.keep is None) == (self.tolerance is None):
+        if sum(getattr(self, budget) is not None for budget in _BUDGETS) != 1:
             raise FormatError(f"{name}: give one of {self.format.size_option}, keep and tolerance")
         for size in sorted(self.format.amounts()):
             if size in self.options:
                 raise FormatError(f"{name}: {size} is given beside keep or tolerance; give one of them")
         _require_fraction(name, "keep", self.keep)
         _require_fraction(name, "tolerance", self.tolerance)
+        if self.rank_rule is not None:
+            check_rule(self.rank_rule)
+            if self.format is not SVD:
+                raise FormatError(
+                    f"{name}: a rank rule looks at the spectrum of a matrix, which svd has; give its size"
+                )
         check_options(self.format, self.options)
 
     def __str__(self) -> str:
-        budget = f"keep={self.keep:g}" if self.keep is not None else f"tolerance={self.tolerance:g}"
+        given = ((budget, getattr(self, budget)) for budget in _BUDGETS)
+        (budget,) = (
+            f"{name}={value:g}" if name != "rank_rule" else f"{name}={value}"
+            for name, value in given
+            if value is not None
+        )
         return ":".join([self.format.name, *(f"{name}={value}" for name, value in self.options.items()), budget])
 
 

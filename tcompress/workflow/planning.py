@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.errors import NumericalError
 from tcompress.formats import Format
+from tcompress.formats.svd import SVD
+from tcompress.linalg.svd import singular_values
 from tcompress.workflow.checking import check_plan
 from tcompress.workflow.fitting import fit, working_copy
 from tcompress.workflow.global_threshold import share_threshold
@@ -20,6 +22,7 @@ from tcompress.workflow.grouping import Shared, find_groups, find_shared, is_joi
 from tcompress.workflow.layout import planned_bytes
 from tcompress.workflow.plan import Plan, Rule, Target, exactly
 from tcompress.workflow.progress import Progress, silent, steps
+from tcompress.workflow.rank_rules import rank_by_rule
 from tcompress.workflow.settings import Settings
 from tcompress.workflow.survey import Facts, survey
 
@@ -245,11 +248,20 @@ def find_setting(
             else:
                 setting = choice.format.within(layer.shape, store, budget, **choice.options)
             return setting or _too_small(choice, layer, settings.stored_type(layer), budget)
+        case Target(rank_rule=str() as rule):
+            return _by_rule(working_copy(read(), settings.device), choice, rule)
         case Target():
             return _reaching(read(), layer, choice, settings)
         case Format():
             return choice
     return "the plan leaves it dense"
+
+
+def _by_rule(weight: Tensor, target: Target, rule: str) -> Format:
+    first = target.format(**{**target.options, "rank": 1})
+    assert isinstance(first, SVD), "only svd takes a rule"  # noqa: S101
+    rows, columns = first.sizes(tuple(weight.shape))
+    return replace(first, rank=rank_by_rule(rule, singular_values(first.matrix(weight)), rows, columns))
 
 
 def _too_small(target: Target, layer: Layer, store: torch.dtype, budget: int) -> str:

@@ -283,3 +283,16 @@ def test_an_all_zero_layer_is_compressed_without_error(tmp_path):
 def test_one_file_does_not_become_shards(model_file, tmp_path):
     with pytest.raises(UsageError, match="is one file and becomes one file"):
         run(model_file, tmp_path / "out.safetensors", SVD(rank=1), max_shard_bytes=1000)
+
+
+def test_ranks_follow_the_spectrum_of_each_layer(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 60, 80, generator=random)
+    planted = torch.randn(60, 4, generator=random) @ torch.randn(4, 80, generator=random) + 0.1 * noise[0]
+    save_file({"planted.weight": planted, "noise.weight": noise[1]}, tmp_path / "m.safetensors")
+    out = tmp_path / "s.safetensors"
+    rows = by_name(run(tmp_path / "m.safetensors", out, Target(SVD, rank_rule="evbmf")))
+    assert rows["planted.weight"].format == SVD(rank=4)
+    assert rows["noise.weight"].format is None  # nothing in it can go
+    rows = by_name(run(tmp_path / "m.safetensors", out, Target(SVD, rank_rule="energy:0.5"), force=True))
+    assert rows["planted.weight"].relative_error ** 2 <= 0.5 < rows["planted.weight"].relative_error ** 2 + 0.5

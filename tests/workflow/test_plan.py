@@ -31,6 +31,7 @@ def test_a_plan_reads_what_it_writes():
             Rule("layers.*", Target(SVD, {"seed": 3}, keep=0.25)),
             Rule("embed.*", Target(Sparse, tolerance=0.1)),
             Rule("conv.*", SVD(rank=2), store=torch.int8),
+            Rule("fc.*", Target(SVD, rank_rule="evbmf:0.8")),
             Rule("*", Sparse(density=0.1), one_threshold=True),
         )
     )
@@ -120,3 +121,10 @@ def test_a_target_needs_exactly_one_budget():
 def test_a_type_that_nothing_is_stored_in_is_told(name):
     with pytest.raises(UsageError, match="rule 1: dtype is one of bf16, fp16, fp32, fp64, int8, int4"):
         parse_plan(document({"match": "*", "format": "svd", "rank": 2, "dtype": name}), "p")
+
+
+def test_a_rank_rule_is_known_and_for_svd():
+    with pytest.raises(UsageError, match="'magic' is no rank rule"):
+        Target(SVD, rank_rule="magic")
+    with pytest.raises(FormatError, match="sparse: a rank rule looks at the spectrum"):
+        Target(Sparse, rank_rule="evbmf")
