@@ -12,6 +12,7 @@ from tcompress.checkpoint.opening import open_checkpoint
 from tcompress.errors import InputError, NumericalError, TaskError
 from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
+from tcompress.workflow import packing
 from tcompress.workflow.budgeting import make_plan
 from tcompress.workflow.calibration import calibrate
 from tcompress.workflow.compression import compress
@@ -190,3 +191,56 @@ def test_a_plan_from_statistics_is_about_outputs_and_only_of_their_own_checkpoin
         pytest.raises(InputError, match="another checkpoint"),
     ):
         make_plan(other, keep=0.3, statistics=found)
+
+
+def test_a_stopped_run_goes_on_behind_the_layers_that_were_done(source, task, tmp_path, monkeypatch):
+    whole, again = tmp_path / "whole.safetensors", tmp_path / "again.safetensors"
+    setting = plan_for(Sparse(density=0.3))
+
+    def go(out):
+        with open_checkpoint(source) as checkpoint:
+            return compress(checkpoint, setting, out=out, reconstruction=Reconstruction(checkpoint, task))
+
+    go(whole)
+    original = packing.fit
+    calls = []
+
+    def stops_at_the_third(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(packing, "fit", stops_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        go(again)
+    result = go(again)
+    assert len(calls) == 4  # only the last layer is fitted again
+    assert again.read_bytes() == whole.read_bytes()
+    assert "went on from 2 finished steps of a run that was stopped" in result.notes
+
+
+def test_other_inputs_begin_anew(source, task, tmp_path, monkeypatch):
+    path = tmp_path / "more.py"
+    path.write_text(TASK.replace("range(4)", "range(5)"))
+    out, original = tmp_path / "out.safetensors", packing.fit
+
+    def go(chosen):
+        with open_checkpoint(source) as checkpoint:
+            both = Reconstruction(checkpoint, chosen)
+            return compress(checkpoint, plan_for(Sparse(density=0.3)), out=out, reconstruction=both)
+
+    calls = []
+
+    def stops_at_the_second(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(packing, "fit", stops_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        go(task)
+    assert (
+        "what an unfinished run with other settings had left was thrown away" in go(load_task(str(path), NEEDS)).notes
+    )
