@@ -7,7 +7,7 @@ weight itself where nothing is known of its inputs. Between two settings that we
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,7 @@ from tcompress.errors import FormatError, NumericalError
 from tcompress.formats import FORMATS, Format
 from tcompress.formats.grouped import GroupFormat
 from tcompress.formats.sparse import Sparse
+from tcompress.workflow.allocation import Point, hull
 from tcompress.workflow.fitting import rebuild, stored_factors, working_copy
 from tcompress.workflow.layout import planned_bytes
 
@@ -78,10 +79,16 @@ def curve_of(
         return [dense, *measure.stored(Sparse(density=0.0), types)]
     settings = [(kind, _settings(kind, layer)) for kind in _promising(formats, layer, measure)]
     found = [dense, *(measure.stored(Sparse(density=1.0), types) if Sparse in formats else ())]
-    for kind, choices in settings:
-        fitted = [each for setting in choices.values() for each in measure.stored(setting, types)]
-        found += fitted
-        found += [each for store in types for each in _interpolated(kind, layer, store, fitted)]
+    fitted = {
+        kind: [each for setting in choices.values() for each in measure.stored(setting, types)]
+        for kind, choices in settings
+    }
+    found += [each for candidates in fitted.values() for each in candidates]
+    # Only beside the lower hull can a setting in between be worth anything.
+    best = {id(found[at]) for at in hull([Point(each.stored_bytes, each.loss) for each in found])}
+    for kind, candidates in fitted.items():
+        for store in types:
+            found += _interpolated(kind, layer, store, candidates, best)
     return found
 
 
@@ -159,11 +166,16 @@ def _promising(formats: Sequence[type[Format]], layer: Layer, measure: _Measure)
 
 
 def _interpolated(
-    kind: type[Format], layer: Layer, store: torch.dtype, fitted: Sequence[Candidate]
+    kind: type[Format], layer: Layer, store: torch.dtype, fitted: Sequence[Candidate], best: Container[int]
 ) -> Iterator[Candidate]:
-    """Yield settings between those that were fitted; the logarithm of the loss is taken to be linear in the bytes."""
+    """Yield settings beside the best that were fitted; the logarithm of the loss is taken to be linear in the bytes.
+
+    best: identities of the candidates that are worth it.
+    """
     own = sorted((each for each in fitted if each.store == store), key=lambda each: each.stored_bytes)
     for low, high in pairwise(own):
+        if id(low) not in best and id(high) not in best:
+            continue
         gap = high.stored_bytes - low.stored_bytes
         seen: set[Any] = {low.format, high.format}
         for step in range(1, _BETWEEN + 1):
