@@ -11,6 +11,7 @@ from rich.text import Text
 from tcompress.errors import printable
 from tcompress.report.documents import Document
 from tcompress.report.figures import as_bytes, as_error, as_seconds, as_shape
+from tcompress.workflow.settings import STORED_TYPES
 
 Cell = str | list[str]  # a list is a line each
 
@@ -20,7 +21,10 @@ def compression_view(document: Document) -> RenderableType:
 
     Stored types and errors of outputs have columns where there is something to say.
     """
-    typed = len({layer["stored_dtype"] for layer in document["layers"]} - {None}) > 1
+    typed = any(
+        layer["stored_dtype"] and str(STORED_TYPES[layer["stored_dtype"]]) != f"torch.{layer['dtype']}"
+        for layer in document["layers"]
+    )
     looked_at = any(layer["output_error"] is not None for layer in document["layers"])
     rows = [
         [
