@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.errors import FormatError
 from tcompress.formats.effort import dense_effort
+from tcompress.formats.outlook import Outlook
 
 Shape = tuple[int, ...]
 
@@ -172,6 +173,15 @@ class Format(ABC):
         del shape
         return self
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether a setting means the same for the weight and for some of its rows, as a rank does."""
+        return False
+
+    def quicker(self) -> Self:
+        """Return the same setting, fitted with less patience: for fits that are only to be compared with others."""
+        return self
+
     def notes(self, shape: Shape) -> tuple[str, ...]:
         """Return what a user should know of this setting on this shape: ranks that are clipped, sizes padded."""
         del shape
@@ -182,6 +192,15 @@ class Format(ABC):
         """Fit several settings to one weight, in their order; formats share work between them where they can."""
         for setting in settings:
             yield setting.fit(weight)
+
+    @classmethod
+    def outlook(cls, weight: Tensor) -> Outlook | None:
+        """Return what settings will lose on this weight, fitted without a moment; None where that is not known.
+
+        Options that do not say how much is kept are at their defaults.
+        """
+        del weight
+        return None
 
     def stored_bytes(self, shape: Shape, dtype: torch.dtype, nonzeros: int | None = None) -> int:
         """Bytes of all factors on disk, each in its cheapest encoding: an upper bound, exact when nonzeros is given."""

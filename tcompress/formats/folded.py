@@ -17,6 +17,7 @@ from tcompress.encodings import FactorSpec
 from tcompress.errors import FormatError
 from tcompress.formats.base import Format, Shape, largest, listed, require_count, require_matrix_like
 from tcompress.formats.folding import Folding, Modes, check_modes
+from tcompress.formats.outlook import Outlook, of_unfoldings
 from tcompress.linalg.distance import compare
 from tcompress.linalg.folding import balanced_modes
 
@@ -120,6 +121,18 @@ class Folded(Format):
     def _split(cls, size: int, order: int, which: str) -> Modes:
         del which
         return balanced_modes(size, order)
+
+    @classmethod
+    def unfoldings(cls, tensor: Tensor) -> list[Tensor]:
+        """Return the unfoldings (rows, columns) whose ranks are those of ``clipped``, in their order."""
+        del tensor
+        return []
+
+    @classmethod
+    def outlook(cls, weight: Tensor) -> Outlook | None:
+        folding = cls(rank=1).folding(tuple(weight.shape))
+        found = cls.unfoldings(folding.fold(weight))
+        return of_unfoldings(found, lambda setting: setting.clipped(folding)) if found else None
 
     def clipped(self, folding: Folding) -> Ranks:
         """Return the ranks really used. Raises FormatError when another number of them was given than there are."""

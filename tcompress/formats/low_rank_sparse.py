@@ -31,6 +31,7 @@ from tcompress.formats.inner import parse_inner, sizes_of, text_of
 from tcompress.formats.low_rank_part import alternate, alternate_for_output, fit_around, solver_for
 from tcompress.formats.options import make
 from tcompress.formats.sparse import Sparse, SparseMatrix
+from tcompress.formats.svd import SVD
 from tcompress.linalg.distance import compare, frobenius_norm
 from tcompress.linalg.magnitude import keep_largest, smallest_count_for_error
 from tcompress.linalg.output_error import sparse_in_metric
@@ -43,7 +44,7 @@ _USUAL_SHARE = 0.1  # the paper's
 _OF_BUDGET = 4  # the low-rank part takes one part in so many of a budget at most, as in OATS, if no share is given
 _TRIED_SHARES = (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)  # of a budget's bytes, when the share is searched
 _REFINEMENTS = 2  # each half-way between the best share and its neighbours
-_QUICK_ROUNDS = 8  # of a fit that is only to be compared with others
+_QUICK_ROUNDS = 4  # of a fit that is only to be compared with others
 _FINENESS = 64  # the density is searched to one part in so many of itself
 
 
@@ -232,7 +233,7 @@ class LowRankSparse(Format):
                 if setting is not None:
                     found[part] = setting
                     if setting not in errors:
-                        errors[setting] = _error(weight, replace(setting, rounds=min(setting.rounds, _QUICK_ROUNDS)))
+                        errors[setting] = _error(weight, setting.quicker())
             if not found:
                 return None
             tried = _beside(min(found, key=lambda part: errors[found[part]]), sorted(found))
@@ -255,6 +256,13 @@ class LowRankSparse(Format):
             else:
                 failed = middle
         return replace(setting, density=most / values)
+
+    @property
+    def by_rows(self) -> bool:
+        return self.low_rank == SVD.name
+
+    def quicker(self) -> Self:
+        return replace(self, rounds=min(self.rounds, _QUICK_ROUNDS))
 
     def richer(self, shape: Shape) -> Self | None:
         values = math.prod(shape)

@@ -28,6 +28,7 @@ from tcompress.formats.base import (
     take_factors,
 )
 from tcompress.formats.for_output import best_for_output, unit_moment
+from tcompress.formats.outlook import Outlook
 from tcompress.formats.rows import CompressedRows, can_run
 from tcompress.linalg.distance import compare
 from tcompress.linalg.magnitude import keep_in_groups, keep_largest, smallest_count_for_error
@@ -37,6 +38,8 @@ from tcompress.linalg.svd import scaled_to_unit, times_power_of_two
 
 METHODS = ("magnitude", "surgeon")
 _BLOCKS, _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 16, 128
+_MOST_SORTED = 1 << 16  # values of a weight by which it is told what pruning leaves out
+_GOLDEN = (math.sqrt(5) - 1) / 2
 MOST_NEIGHBOURS = 16  # of a group: the largest for which there is an encoding
 
 
@@ -163,6 +166,18 @@ class Sparse(Format):
             return next(reaches, cls(density=1.0, m=m))
         return cls(density=smallest_count_for_error(weight, relative_error) / weight.numel(), **options)
 
+    @classmethod
+    def outlook(cls, weight: Tensor) -> Outlook | None:
+        magnitudes = _some_of(scaled_to_unit(weight.detach())[0].reshape(-1))
+        squares = magnitudes.double().square().sort().values
+        lost = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
+        whole = float(lost[-1]) or 1.0
+        return Outlook(lambda setting: float(lost[len(squares) - setting.kept(len(squares))]) / whole, is_exact=True)
+
+    @property
+    def by_rows(self) -> bool:
+        return True
+
     def richer(self, shape: Shape) -> Self | None:
         values = math.prod(shape)
         kept = self.kept(values)
@@ -176,6 +191,14 @@ class Sparse(Format):
         if tuple(matrix.shape) != (shape[0], fan_in(shape)):
             raise FormatError(f"sparse: a matrix {tuple(matrix.shape)} does not make {shape}")
         return SparseMatrix(shape, matrix)
+
+
+def _some_of(values: Tensor) -> Tensor:
+    """Return values of a large weight that stand for all: multiples of the golden ratio share no step with its rows."""
+    if values.numel() <= _MOST_SORTED:
+        return values
+    spread = (torch.arange(_MOST_SORTED, dtype=torch.float64, device=values.device) * _GOLDEN).frac()
+    return values[(spread * values.numel()).long()]
 
 
 def _block_of(columns: int) -> int:

@@ -27,9 +27,10 @@ from tcompress.formats.base import (
     take_factors,
 )
 from tcompress.formats.for_output import best_for_output, refined, unit_moment
+from tcompress.formats.outlook import Outlook
 from tcompress.formats.staged import StagedFactorization, Stages
 from tcompress.linalg.output_error import best_in_metric
-from tcompress.linalg.svd import rank_for_error, scaled_to_unit, singular_values, truncated_svd
+from tcompress.linalg.svd import left_out, rank_for_error, scaled_to_unit, singular_values, truncated_svd
 
 MATRICISATIONS = ("channel", "spatial")
 
@@ -107,6 +108,15 @@ class SVD(Format):
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:
         values = singular_values(cls(**{**options, "rank": 1}).matrix(weight))
         return cls(**{**options, "rank": max(1, rank_for_error(values, relative_error))})
+
+    @classmethod
+    def outlook(cls, weight: Tensor) -> Outlook | None:
+        lost = left_out(cls(rank=1).matrix(weight))
+        return Outlook(lambda setting: float(lost[min(setting.rank, len(lost) - 1)]), is_exact=True)
+
+    @property
+    def by_rows(self) -> bool:
+        return self.matricisation == "channel"
 
     def richer(self, shape: Shape) -> Self | None:
         return None if self.rank >= min(self.sizes(shape)) else replace(self, rank=self.rank + 1)

@@ -6,6 +6,7 @@ matrix). Cores left of the kernel make the map to the outputs, those right of it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -53,6 +54,10 @@ class TT(Folded):
     @classmethod
     def factor_shapes(cls, folding: Folding, ranks: Ranks) -> Mapping[str, Shape]:
         return train_shapes(folding.sizes, ranks)
+
+    @classmethod
+    def unfoldings(cls, tensor: Tensor) -> list[Tensor]:
+        return [tensor.reshape(math.prod(tensor.shape[:k]), -1) for k in range(1, tensor.ndim)]
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
         folding = self.folding(tuple(weight.shape))

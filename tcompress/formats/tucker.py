@@ -22,7 +22,7 @@ from tcompress.formats.folding import Folding
 from tcompress.formats.for_output import refined
 from tcompress.formats.staged import StagedFactorization, Stages
 from tcompress.linalg.scaling import even_ranges
-from tcompress.linalg.tucker import ranks_for_error, tucker, tucker_full, usable_ranks
+from tcompress.linalg.tucker import ranks_for_error, tucker, tucker_full, unfolding, usable_ranks
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Tucker(Folded):
     def factor_shapes(cls, folding: Folding, ranks: Ranks) -> Mapping[str, Shape]:
         factors = {f"factors.{k}": (folding.sizes[k], rank) for k, rank in enumerate(ranks)}
         return {"core": (*ranks, folding.kernel), **factors}
+
+    @classmethod
+    def unfoldings(cls, tensor: Tensor) -> list[Tensor]:
+        return [unfolding(tensor, mode) for mode in range(tensor.ndim - 1)]
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
         folding = self.folding(tuple(weight.shape))

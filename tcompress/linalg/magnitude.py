@@ -18,7 +18,8 @@ Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 COARSE_BINS = 1 << 16
 _FINE_BITS = 15
 _SIGNLESS = 0x7FFFFFFF
-_SAMPLE = 1 << 16
+_SAMPLES = (1 << 13, 1 << 16)  # values, at least and at most; in between one in so many:
+_SAMPLED = 32
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _BLOCK = 1 << 18  # values looked at at one time: they stay in the cache from one operation to the next
 
@@ -95,17 +96,20 @@ def _above_and_between(magnitude: Tensor, low: float, high: float) -> tuple[int,
 
 def _bounds(flat: Tensor, count: int, minus: Tensor | None) -> tuple[float, float] | None:
     """Return two magnitudes that have the threshold between them, as far as a sample can tell."""
-    if flat.numel() < 4 * _SAMPLE:
+    size = min(max(flat.numel() // _SAMPLED, _SAMPLES[0]), _SAMPLES[1])
+    if flat.numel() < _SAMPLED * size:
         return None
     # Multiples of the golden ratio spread evenly and keep no step that rows or columns of a matrix could share.
-    spread = (torch.arange(_SAMPLE, dtype=torch.float64) * _GOLDEN).frac() * flat.numel()
+    spread = (torch.arange(size, dtype=torch.float64) * _GOLDEN).frac() * flat.numel()
     places = spread.to(flat.device, torch.int64)
     sample = flat[places] if minus is None else flat[places] - minus[places]
-    sample = sample.abs_().sort(descending=True).values
-    expected, room = count / flat.numel() * _SAMPLE, 4 * math.sqrt(_SAMPLE) / 2
-    first, last = math.floor(expected - room), math.ceil(expected + room)
-    high = math.inf if first < 0 else float(sample[first])
-    low = 0.0 if last >= _SAMPLE else float(sample[last])
+    magnitude = sample.abs_().cpu().numpy()
+    expected, room = count / flat.numel() * size, 4 * math.sqrt(size) / 2
+    first, last = math.floor(expected - room), math.ceil(expected + room)  # from the largest down
+    places = [size - 1 - place for place in (first, last) if 0 <= place < size]
+    magnitude.partition(places)
+    high = math.inf if first < 0 else float(magnitude[size - 1 - first])
+    low = 0.0 if last >= size else float(magnitude[size - 1 - last])
     return low, high
 
 

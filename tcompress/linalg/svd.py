@@ -91,6 +91,22 @@ def singular_values(matrix: Tensor) -> Tensor:
     return times_power_of_two(values, exponent)
 
 
+def left_out(matrix: Tensor) -> Tensor:
+    """Return what the best matrix of rank 0, 1, 2, ... leaves out, squared, over the whole: (min(m, n) + 1,) float64.
+
+    matrix: (m, n), float32 or float64, finite. Of a zero matrix it is 0 throughout. From the Gram matrix alone: to the
+    digits of float64, of the whole.
+    """
+    scaled = scaled_to_unit(matrix.detach())[0]
+    tall = scaled if matrix.shape[0] >= matrix.shape[1] else scaled.T
+    try:
+        squares = torch.linalg.eigvalsh(_gram(tall)).clamp_min(0)  # ascending
+    except LinAlgError as error:
+        raise NumericalError("the singular values do not converge") from error
+    lost = torch.cat([squares.new_zeros(1), squares.cumsum(0)]).flip(0)
+    return lost / lost[0] if lost[0] > 0 else lost
+
+
 def rank_for_error(values: Tensor, relative_error: float) -> int:
     """Return the smallest rank, 1 or more, whose best relative Frobenius error is at most ``relative_error``.
 
