@@ -159,7 +159,7 @@ def test_gradients_reach_the_scale_of_int8():
 
 
 @every_coding
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_it_compiles_without_a_graph_break_and_trains(name, values, backend):
     coding, shape = coding_of(name, values), (9, 80)
     factor = fitting(thinned(numbers(shape, 0.06), "4:16"), name)
