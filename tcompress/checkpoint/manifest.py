@@ -89,7 +89,8 @@ class Manifest:
 
     source: sha256 and bytes of the checkpoint it was made from, and what is needed to lay it out again.
     tied: second name -> first name. rebuild: format name -> formula. layers: weight name -> entry.
-    shared: group -> the factors that its members share.
+    shared: group -> the factors that its members share. repaired: tensors, sorted, that are not compressed and yet have
+    other values than in the source.
     """
 
     writer: str
@@ -98,6 +99,7 @@ class Manifest:
     rebuild: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, Entry] = field(default_factory=dict)
     shared: Mapping[str, Mapping[str, Factor]] = field(default_factory=dict)
+    repaired: tuple[str, ...] = ()
 
     def members(self, group: str) -> list[str]:
         """Return the layers of a group."""
@@ -119,7 +121,8 @@ class Manifest:
         rebuild = {name: text for name, text in self.rebuild.items() if name in formulas}
         tied = {second: first for second, first in self.tied.items() if first in names or first in chosen}
         shared = {group: factors for group, factors in self.shared.items() if group in groups}
-        return replace(self, layers=chosen, rebuild=rebuild, tied=tied, shared=shared)
+        repaired = tuple(name for name in self.repaired if name in names)
+        return replace(self, layers=chosen, rebuild=rebuild, tied=tied, shared=shared, repaired=repaired)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document, without the hashes that the writer adds."""
@@ -129,6 +132,7 @@ class Manifest:
         }
         return {
             **({"shared": shared} if shared else {}),
+            **({"repaired": list(self.repaired)} if self.repaired else {}),
             "version": VERSION,
             "writer": self.writer,
             "source": dict(self.source),
@@ -176,6 +180,7 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest:
         if manifest.source != found.source:
             raise InputError("is a shard of another checkpoint than the others", path=shard.path)
         repeated = (set(found.layers) & set(manifest.layers)) | (set(found.shared) & set(manifest.shared))
+        repeated |= set(found.repaired) & set(manifest.repaired)
         if repeated:
             raise InputError("is described in two shards", path=shard.path, tensor=min(repeated))
         found = replace(
@@ -184,6 +189,7 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest:
             rebuild={**found.rebuild, **manifest.rebuild},
             tied={**found.tied, **manifest.tied},
             shared={**found.shared, **manifest.shared},
+            repaired=tuple(sorted((*found.repaired, *manifest.repaired))),
         )
     assert found is not None, "a checkpoint has at least one shard"  # noqa: S101
     return found
@@ -223,7 +229,18 @@ def parse_manifest(text: str, path: Path) -> Manifest:
         raise InputError(f"its tcompress manifest has a key nested deeper than {MAX_DEPTH}", path=path)
     entries = {name: parse_entry(name, entry, path) for name, entry in layers.items()}
     shared = _shared(document.get("shared", {}), entries, path)
-    return Manifest(writer=writer, source=source, tied=tied, rebuild=rebuild, layers=entries, shared=shared)
+    repaired = _repaired(document.get("repaired", []), entries, path)
+    return Manifest(writer, source, tied, rebuild, entries, shared, repaired)
+
+
+def _repaired(names: Any, entries: Mapping[str, Entry], path: Path) -> tuple[str, ...]:
+    """Parse the names of repaired tensors: each once, and none of a compressed layer."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError("its tcompress manifest names repaired tensors with something that is no text", path=path)
+    if len(set(names)) != len(names) or not entries.keys().isdisjoint(names):
+        problem = "its tcompress manifest names repaired tensors twice, or such as are compressed"
+        raise InputError(problem, path=path)
+    return tuple(sorted(names))
 
 
 def _shared(groups: Any, entries: Mapping[str, Entry], path: Path) -> dict[str, dict[str, Factor]]:

@@ -18,6 +18,7 @@ from tcompress.workflow.results import (
     DecompressionResult,
     Inspection,
     LayerResult,
+    Repairs,
     Stored,
     VerificationResult,
     Winner,
@@ -50,6 +51,7 @@ def compression_document(result: CompressionResult, exceeded: list[str]) -> Docu
             "compressed_stored_bytes": sum(layer.stored_bytes for layer in compressed),
             "largest_relative_error": None if result.output is None else result.largest_error,
         },
+        "repairs": None if result.repairs is None else _repairs(result.repairs),
         "limits_exceeded": exceeded,
         "other_values": list(result.other_values),
         "notes": list(result.notes),
@@ -127,6 +129,7 @@ def verification_document(result: VerificationResult) -> Document:
             {"name": layer.name, "reported_error": layer.reported_error, "measured_error": layer.measured_error}
             for layer in result.layers
         ],
+        "repaired": list(result.repaired),
         **tail(result.seconds),
     }
 
@@ -180,6 +183,16 @@ def _layer(result: LayerResult) -> Document:
         "seconds": result.seconds,
         "reason": result.reason,
         "notes": list(result.notes),
+    }
+
+
+def _repairs(repairs: Repairs) -> Document:
+    return {
+        "tensors": list(repairs.names),
+        "modules": repairs.modules,
+        "held_out": repairs.held_out,
+        "distance_before": repairs.before,
+        "distance_after": repairs.after,
     }
 
 

@@ -59,6 +59,7 @@ def compression_summary(document: Document) -> list[str]:
     if document["other_values"]:
         names = ", ".join(map(printable, document["other_values"][:10]))
         lines.append(f"note: not carried over, being no tensors: {names}")
+    lines += _repair_lines(document["repairs"])
     most = "" if totals["exact_bytes"] else "at most "
     sizes = f"{totals['dense_bytes']} -> {most}{totals['stored_bytes']} bytes on disk"
     verb = "would compress" if document["dry_run"] else "compressed"
@@ -69,6 +70,19 @@ def compression_summary(document: Document) -> list[str]:
     if document["output"] is not None:
         lines.append(f"wrote {printable(document['output']['path'])}")
     return lines
+
+
+def _repair_lines(repairs: Document | None) -> list[str]:
+    """Say what was repaired, and what that is worth on inputs that it was not found on."""
+    if repairs is None or not repairs["modules"]:
+        return []
+    if repairs["distance_before"] is None:
+        return ["note: nothing was repaired: of too few or not finite calibration inputs none can judge a repair"]
+    count, before, after = (repairs[key] for key in ("held_out", "distance_before", "distance_after"))
+    if not repairs["tensors"]:
+        return [f"repaired nothing: no repair brings the output on {count} held-out inputs nearer ({before:.4g} off)"]
+    names = f"{len(repairs['tensors'])} biases, scales or statistics"
+    return [f"repaired {names}: on {count} held-out inputs the output is {after:.4g} off, was {before:.4g}"]
 
 
 def inspection_view(document: Document) -> RenderableType:
@@ -101,12 +115,20 @@ def inspection_view(document: Document) -> RenderableType:
                 f"compressed by {manifest['writer']} from {source.get('bytes')} bytes, SHA-256 {source.get('sha256')}"
             )
         )
+        lines += _repaired_names(manifest["repaired"])
     return Group(table(columns, rows, right=["dense", "stored", "error"]), *map(line, lines))
+
+
+def _repaired_names(names: Sequence[str]) -> list[str]:
+    """Name the first tensors that differ from the original's without being compressed."""
+    rest = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return [f"repaired after compression: {', '.join(map(printable, names[:10]))}{rest}"] if names else []
 
 
 def verification_view(document: Document) -> RenderableType:
     """Show a report of ``verify``."""
     lines = [f"problem: {problem}" for problem in document["problems"]]
+    lines += _repaired_names(document["repaired"])
     errors = "errors measured again" if document["against"] else "errors not measured again (give --against MODEL)"
     verdict = "is what it says it is" if document["passed"] else f"has {len(document['problems'])} problem(s)"
     layers = len(document["layers"])

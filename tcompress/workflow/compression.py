@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from tcompress.workflow.plan import Plan
 from tcompress.workflow.planning import Decision, decide, resolved
 from tcompress.workflow.progress import Progress, silent
 from tcompress.workflow.reconstruction import Reconstruction
-from tcompress.workflow.results import CompressionResult, LayerResult, Stored, describe, measure
+from tcompress.workflow.repairs import may_change, repairs
+from tcompress.workflow.results import CompressionResult, LayerResult, Repairs, Stored, describe, measure
 from tcompress.workflow.settings import Settings
 
 
@@ -51,7 +53,7 @@ def compress(
 
     max_shard_bytes: of the output's shards; None takes the size of the input's largest. reconstruction: the model and
     its calibration inputs; each layer is then fitted to give, behind the layers that are done, the dense model's
-    output.
+    output, and what ``repairs`` finds is kept where it helps.
 
     A run that is stopped by a signal, or killed, leaves what it finished beside ``out``; the same call goes on from
     there and writes the same bytes.
@@ -74,14 +76,18 @@ def compress(
     check_plan(checkpoint, find_layers(checkpoint), plan, settings)
     witness = Witness.of(checkpoint.files)
     source = describe(checkpoint)
-    with output, Journal(output.workspace, _run(checkpoint, plan, settings, source, reconstruction)) as journal:
+    with output, Journal(output.workspace, run_of(checkpoint, plan, settings, source, reconstruction)) as journal:
         output.is_worth_keeping = lambda: len(journal) > 0
         decisions = _decided(checkpoint, plan, settings, progress, journal)
-        output.require_space(2 * shards.planned_bytes(_planned(checkpoint, decisions, source), layout))
+        planned = _planned(checkpoint, decisions, source, may_change(checkpoint, reconstruction))
+        output.require_space(2 * shards.planned_bytes(planned, layout))
         packed, results = fit_all(
             checkpoint, decisions, settings, journal, progress, witness.require_unchanged, reconstruction
         )
-        shards.write(output.draft, _contents(checkpoint, packed, decisions, source), layout)
+        repaired: tuple[Mapping[str, Piece], Repairs | None] = ({}, None)
+        if reconstruction is not None and reconstruction.repair and packed:
+            repaired = repairs(checkpoint, reconstruction, journal, progress)
+        shards.write(output.draft, _contents(checkpoint, packed, decisions, source, repaired[0]), layout)
         remarks: list[str] = []
         if checkpoint.folder is not None:
             left_out = copy_companions(checkpoint.folder, output.draft, without=(out, *checkpoint.files))
@@ -89,10 +95,11 @@ def compress(
         witness.require_unchanged(lambda: describe(checkpoint).sha256 == source.sha256)
         output.commit()
     written = measure(out, checkpoint.folder is not None)
-    return _result(checkpoint, source, decisions, results, written, [*_story(journal), *remarks], started)
+    found = _result(checkpoint, source, decisions, results, written, [*_story(journal), *remarks], started)
+    return replace(found, repairs=repaired[1])
 
 
-def _run(
+def run_of(
     checkpoint: Checkpoint, plan: Plan, settings: Settings, source: Stored, reconstruction: Reconstruction | None
 ) -> dict[str, Any]:
     """Return what two runs must have in common to write the same bytes, the layout aside."""
@@ -143,9 +150,12 @@ def dry_run(
     *,
     settings: Settings | None = None,
     max_shard_bytes: int | None = None,
+    reconstruction: Reconstruction | None = None,
     progress: Progress = silent,
 ) -> CompressionResult:
     """Return what ``compress`` would do, with the exact bytes of the files it would write; nothing is fitted for it.
+
+    With a model they are a bound where tensors may be repaired: the file names those that are.
 
     Raises as ``compress`` does, the output aside.
     """
@@ -154,13 +164,15 @@ def dry_run(
     _require_dense(checkpoint)
     decisions = decide(checkpoint, find_layers(checkpoint), plan, settings, progress=progress)
     source = describe(checkpoint)
-    planned = _planned(checkpoint, decisions, source)
+    named = may_change(checkpoint, reconstruction)
+    planned = _planned(checkpoint, decisions, source, named)
     nbytes = shards.planned_bytes(planned, _layout(checkpoint, max_shard_bytes))
     results = [
         LayerResult(d.layer, d.format, d.stored_bytes, None, 0.0, d.reason, d.notes, _is_exact(d), store=d.store)
         for d in decisions
     ]
-    return _result(checkpoint, source, decisions, results, nbytes, [], started)
+    found = _result(checkpoint, source, decisions, results, nbytes, [], started)
+    return replace(found, may_be_repaired=bool(named))
 
 
 def _is_exact(decision: Decision) -> bool:
@@ -194,7 +206,9 @@ def _layout(checkpoint: Checkpoint, max_shard_bytes: int | None) -> Layout:
     return Layout(STEM, max_shard_bytes or largest, indexed=checkpoint.sharded)
 
 
-def _planned(checkpoint: Checkpoint, decisions: Sequence[Decision], source: Stored) -> Contents:
+def _planned(
+    checkpoint: Checkpoint, decisions: Sequence[Decision], source: Stored, repaired: Sequence[str] = ()
+) -> Contents:
     """Return what would be written, without data."""
     packed = {}
     for decision in decisions:
@@ -210,19 +224,24 @@ def _planned(checkpoint: Checkpoint, decisions: Sequence[Decision], source: Stor
             specs = decision.format.factor_specs(layer.shape, decision.stored_type, decision.nonzeros)
             entry = entry_of(layer, decision.format, specs)
             packed[layer.name] = Packed(entry, decision.format.rebuild, pieces_of(layer.name, specs))
-    return _contents(checkpoint, packed, decisions, source)
+    return _contents(checkpoint, packed, decisions, source, dict.fromkeys(repaired))
 
 
 def _contents(
-    checkpoint: Checkpoint, packed: Mapping[str, Packed], decisions: Sequence[Decision], source: Stored
+    checkpoint: Checkpoint,
+    packed: Mapping[str, Packed],
+    decisions: Sequence[Decision],
+    source: Stored,
+    repaired: Mapping[str, Piece | None],
 ) -> Contents:
-    """Put compressed layers and untouched tensors together, in the order of the source."""
+    """Put compressed layers, repaired tensors and untouched ones together, in the order of the source."""
     pieces: list[Piece] = []
     for name, info in checkpoint.items():
         if name in packed:
             pieces += packed[name].pieces
         elif name not in checkpoint.tied:
-            pieces.append(Piece(name, info.dtype, info.shape, name, partial(checkpoint.raw, name)))
+            untouched = Piece(name, info.dtype, info.shape, name, partial(checkpoint.raw, name))
+            pieces.append(repaired.get(name) or untouched)
     origin: dict[str, object] = {"sha256": source.sha256, "bytes": source.nbytes}
     if checkpoint.key is not None:
         origin["key"] = checkpoint.key
@@ -239,6 +258,7 @@ def _contents(
             for decision in decisions
             if (shared := decision.shared) is not None and decision.layer.name in packed
         },
+        repaired=tuple(sorted(repaired)),
     )
     # Loaders of the Hugging Face family ask for "format" before they read a file.
     loadable = {} if checkpoint.folder is None else {"format": "pt"}

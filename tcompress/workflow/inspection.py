@@ -60,4 +60,5 @@ def _summary(manifest: Manifest) -> dict[str, object]:
         "tied": dict(manifest.tied),
         "rebuild": dict(manifest.rebuild),
         "layers": len(manifest.layers),
+        "repaired": list(manifest.repaired),
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tcompress.checkpoint.journal import Journal, Record
-from tcompress.checkpoint.manifest import Entry, parse_entry, shared_stem
+from tcompress.checkpoint.manifest import Entry, Factor, parse_entry, shared_stem
 from tcompress.checkpoint.mapped import tensor_of
 from tcompress.checkpoint.reader import Checkpoint, TensorInfo
 from tcompress.checkpoint.writer import Piece
@@ -19,7 +19,7 @@ from tcompress.encodings import find
 from tcompress.errors import FormatError, NumericalError
 from tcompress.workflow.fitting import Fitted, StoredFactor, fit, rebuild
 from tcompress.workflow.grouping import Shared, fit_shared
-from tcompress.workflow.layout import entry_of, stored_name
+from tcompress.workflow.layout import described, entry_of, stored_name
 from tcompress.workflow.planning import Decision
 from tcompress.workflow.progress import Progress, steps
 from tcompress.workflow.reconstruction import Reconstruction
@@ -105,21 +105,29 @@ def _install(
     reconstruction: Reconstruction, members: Sequence[Decision], packed: Mapping[str, Packed], settings: Settings
 ) -> None:
     """Let the layers to come see these as they are stored, whether they were fitted now or by a run before."""
-    for decision in members:
-        layer, setting = decision.layer, decision.format
-        if layer.name not in packed or setting is None or decision.shared is not None:
-            continue
-        entry, pieces = packed[layer.name].entry, {piece.name: piece for piece in packed[layer.name].pieces}
-        factors = {}
-        for name, factor in entry.factors.items():
-            coding = find(factor.encoding, factor.values)
-            assert coding is not None, "it was written by this version"  # noqa: S101
-            parts = {part: _read(pieces[stored_name(layer.name, name, part)]) for part in coding.part_names}
-            shape = factor.shape if factor.shape is not None else tuple(parts[""].shape)
-            factors[name] = coding.decode(parts, shape)
+    there = [decision for decision in members if decision.layer.name in packed]
+    pieces = {piece.name: piece for decision in there for piece in packed[decision.layer.name].pieces}
+    for decision in there:
+        layer, setting, shared = decision.layer, decision.format, decision.shared
         dtype = layer.dtype.torch
+        assert setting is not None, "it is packed"  # noqa: S101
         assert dtype is not None, "layers are of floating types"  # noqa: S101
+        factors = _decoded(layer.name, packed[layer.name].entry.factors, pieces)
+        if shared is not None:
+            factors |= _decoded(shared_stem(shared.name), described(shared.specs), pieces)
         reconstruction.install(layer, rebuild(setting, layer.shape, factors, dtype=dtype, device=settings.device))
+
+
+def _decoded(stem: str, factors: Mapping[str, Factor], pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
+    """Return factors as they are written down; stem: what the names of their parts begin with."""
+    found = {}
+    for name, factor in factors.items():
+        coding = find(factor.encoding, factor.values)
+        assert coding is not None, "it was written by this version"  # noqa: S101
+        parts = {part: _read(pieces[stored_name(stem, name, part)]) for part in coding.part_names}
+        shape = factor.shape if factor.shape is not None else tuple(parts[""].shape)
+        found[name] = coding.decode(parts, shape)
+    return found
 
 
 def _read(piece: Piece) -> Tensor:

@@ -58,12 +58,23 @@ class _Reached(Exception):  # noqa: N818 - no error: it ends a run of the model 
 
 
 class Reconstruction:
-    """The model as it was, and as it is with the layers that are done: a device's memory holds it twice."""
+    """The model as it was, and as it is with the layers that are done: a device's memory holds it twice.
+
+    repair: whether biases and normalisations may be changed once all layers are done.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, task: Task, *, strip_prefix: str = "", device: torch.device | None = None
+        self,
+        checkpoint: Checkpoint,
+        task: Task,
+        *,
+        strip_prefix: str = "",
+        device: torch.device | None = None,
+        repair: bool = True,
     ) -> None:
         self._path = checkpoint.path
+        self.strip_prefix = strip_prefix
+        self.repair = repair
         self.batches = calibration_inputs(task)
         device = device or torch.device("cpu")
         self.dense, self.prefix = (
@@ -73,6 +84,7 @@ class Reconstruction:
             "task": task.spec,
             "code": hashlib.sha256(task.path.read_bytes()).hexdigest(),
             "strip_prefix": strip_prefix,
+            "repair": repair,
             "inputs": fingerprint(tensor.cpu() for batch in self.batches for tensor in _tensors(batch)),
         }
         self._positions = {use.layer.name: at for at, use in reversed(list(enumerate(self.dense.uses)))}
@@ -100,6 +112,11 @@ class Reconstruction:
                 "its inputs are not finite on the calibration batches", path=self._path, tensor=layer.name
             )
         return _aim(weight, moments)
+
+    def restart(self) -> None:
+        """Let the prefix be the dense model again, for another compression of it."""
+        self.prefix.model.load_state_dict(self.dense.model.state_dict())
+        self._known = None
 
     def install(self, layer: Layer, weight: Tensor) -> None:
         """Let the prefix have the layer as it is stored."""

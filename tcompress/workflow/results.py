@@ -54,8 +54,24 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class Repairs:
+    """What was repaired once all layers were compressed. names: of the tensors that have other values than before.
+
+    modules: how many could have been. held_out: samples that repairs were judged by. before, after: the distance of the
+    compressed model's outputs from the dense model's on these, over the size of the latter; None where no repair could
+    be judged, or it was not finite.
+    """
+
+    names: tuple[str, ...]
+    modules: int
+    held_out: int
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True)
 class CompressionResult:
-    """One run of ``compress``; ``output`` is None after a dry run."""
+    """One run of ``compress``; ``output`` is None after a dry run. repairs: None where none were asked for."""
 
     source: Stored
     output: Stored | None
@@ -65,6 +81,8 @@ class CompressionResult:
     seconds: float
     other_values: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    repairs: Repairs | None = None
+    may_be_repaired: bool = False
 
     @property
     def compression_ratio(self) -> float:
@@ -74,7 +92,7 @@ class CompressionResult:
     @property
     def exact_bytes(self) -> bool:
         """Whether stored_bytes are exact; those of a dry run may be a bound, where the fit decides what is stored."""
-        return self.output is not None or all(row.exact_bytes for row in self.layers)
+        return self.output is not None or (all(row.exact_bytes for row in self.layers) and not self.may_be_repaired)
 
     @property
     def largest_error(self) -> float:
@@ -105,13 +123,17 @@ class VerifiedLayer:
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """One run of ``verify``: every problem found, in sentences that name file and tensor."""
+    """One run of ``verify``: every problem found, in sentences that name file and tensor.
+
+    repaired: tensors that are not compressed, and are said to differ from the original.
+    """
 
     path: Path
     layers: tuple[VerifiedLayer, ...]
     problems: tuple[str, ...]
     against: bool
     seconds: float
+    repaired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

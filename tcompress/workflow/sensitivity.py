@@ -142,7 +142,7 @@ class _Gradients:
 
 def samples_in(batch: Any) -> int:
     """Return the first size of a batch's first tensor, 1 where none has sizes."""
-    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim > 0), 1)
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim > 0), 1)
 
 
 def _channels(module: nn.Module) -> int:
@@ -163,7 +163,7 @@ def _probes(traced: Traced, batches: Sequence[Any]) -> Iterator[tuple[Tensor, in
     """Yield random signs times all floating values that the model gives."""
     generator = torch.Generator().manual_seed(_SIGNS_SEED)
     for batch in batches:
-        found = [tensor for tensor in _tensors(traced.call(batch)) if tensor.is_floating_point()]
+        found = [tensor for tensor in tensors_in(traced.call(batch)) if tensor.is_floating_point()]
         total = torch.zeros((), device=traced.device)
         for tensor in found:
             signs = torch.randint(0, 2, tensor.shape, generator=generator).mul_(2).sub_(1)
@@ -182,10 +182,10 @@ def _backward(objective: Tensor, task: Task, batch: str) -> None:
         raise failed(error, task.path, f"the gradient of {batch} cannot be had: ") from error
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield all tensors in tuples, lists and mappings, which what transformers gives is as well."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | tuple | list):
         for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(each)
+            yield from tensors_in(each)

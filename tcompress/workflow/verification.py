@@ -36,8 +36,8 @@ def verify(
     """Check every byte against its hash, the manifest against the tensors, and the reported errors.
 
     against: the checkpoint it was made from. With it every relative error is computed again from what lies on disk and
-    every untouched tensor is compared; without it, an error is held against the norms of the weight, as reported, and
-    of its reconstruction, which it cannot be smaller than the difference of.
+    every tensor that is neither compressed nor said to be repaired is compared; without it, an error is held against
+    the norms of the weight, as reported, and of its reconstruction, which it cannot be smaller than the difference of.
 
     Raises InputError when the file is so damaged that it cannot be read as a compressed checkpoint.
     """
@@ -58,8 +58,11 @@ def verify(
     problems += [f"{checkpoint.path}: tensor {each.name}: {text}" for each in layers for text in each.problems]
     if against is not None:
         problems += _differences(dense, against)
+    problems += _repair_problems(dense)
     seconds = time.perf_counter() - started
-    return VerificationResult(checkpoint.path, tuple(layers), tuple(problems), against is not None, seconds)
+    return VerificationResult(
+        checkpoint.path, tuple(layers), tuple(problems), against is not None, seconds, dense.manifest.repaired
+    )
 
 
 def _layer(dense: CompressedView, layer: Layer, against: Checkpoint | None, device: torch.device) -> VerifiedLayer:
@@ -122,6 +125,18 @@ def _document_problems(dense: CompressedView) -> Iterator[str]:
         yield f"{sidecar}: does not say what the shards say"
 
 
+def _repair_problems(dense: CompressedView) -> Iterator[str]:
+    """A repaired tensor is there under its own name, and has finite values of a floating type."""
+    path = dense.checkpoint.path
+    for name in dense.manifest.repaired:
+        if name not in dense.infos or name not in dense.checkpoint:
+            yield f"{path}: tensor {name}: is said to be repaired, and is not there"
+        elif not dense.infos[name].dtype.is_floating:
+            yield f"{path}: tensor {name}: is said to be repaired, and is {dense.infos[name].dtype.name}"
+        elif not bool(torch.isfinite(dense.checkpoint.read(name)).all()):
+            yield f"{path}: tensor {name}: is repaired, and has NaN or Inf"
+
+
 def _differences(dense: CompressedView, against: Checkpoint) -> Iterator[str]:
     """Compare names, shapes, types, ties and untouched tensors with the checkpoint that it was made from."""
     path = dense.checkpoint.path
@@ -136,5 +151,7 @@ def _differences(dense: CompressedView, against: Checkpoint) -> Iterator[str]:
         info, other = dense.infos[name], against[name]
         if (info.shape, info.dtype) != (other.shape, other.dtype):
             yield f"{path}: tensor {name}: is {info.dtype.name} {info.shape}, was {other.dtype.name} {other.shape}"
+        elif name in dense.manifest.repaired:
+            continue
         elif name in dense.checkpoint and dense.checkpoint.raw(name) != against.raw(name):
             yield f"{path}: tensor {name}: is not compressed, and yet differs from the original"

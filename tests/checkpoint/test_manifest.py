@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,28 @@ def test_the_json_is_compact_sorted_and_plain():
 
 def test_keys_that_a_later_version_may_add_are_passed_over():
     assert parse({**with_entry(note="x"), "hashes": {}, "more": [1]}) == MANIFEST
+
+
+def test_repaired_tensors_are_named_and_go_with_their_shard(tmp_path):
+    whole = replace(MANIFEST, repaired=("conv.bias", "fc.bias"))
+    assert parse_manifest(compact_json(whole.to_json()), PATH) == whole
+    assert "repaired" not in MANIFEST.to_json()
+    parts = [whole.only(["fc.weight", "fc.bias"]), whole.only(["conv.weight", "conv.bias"])]
+    assert [part.repaired for part in parts] == [("fc.bias",), ("conv.bias",)]
+    with sharded(tmp_path, *parts) as checkpoint:
+        assert read_manifest(checkpoint) == whole
+
+
+@pytest.mark.parametrize("names", [None, "fc.bias", {"fc.bias": 1}, [7], [None]])
+def test_names_of_repaired_tensors_are_text(names):
+    problem = "its tcompress manifest names repaired tensors with something that is no text"
+    assert refusal({**MANIFEST.to_json(), "repaired": names}) == problem
+
+
+@pytest.mark.parametrize("names", [["fc.bias", "fc.bias"], ["fc.weight"]])
+def test_a_tensor_is_repaired_once_and_not_compressed(names):
+    problem = "its tcompress manifest names repaired tensors twice, or such as are compressed"
+    assert refusal({**MANIFEST.to_json(), "repaired": names}) == problem
 
 
 def test_a_newer_version_names_its_writer():
