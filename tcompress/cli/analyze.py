@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,10 @@ from tcompress.cli.options import (
     pick_dtype,
     set_threads,
 )
+from tcompress.errors import UsageError
+
+if TYPE_CHECKING:
+    from tcompress.checkpoint.statistics_file import Statistics
 
 Formats = Annotated[
     list[str] | None,
@@ -50,6 +54,21 @@ Plots = Annotated[
         metavar="DIR",
     ),
 ]
+Curves = Annotated[
+    bool,
+    typer.Option(
+        "--curves",
+        help="Tell the error of every size as well, beside that of the same values in random order; in full with "
+        "--json, as figures (curves-LAYER.*) with --plots.",
+    ),
+]
+Stats = Annotated[
+    Path | None,
+    typer.Option(
+        help="What `tcompress calibrate` wrote of this model: curves are those of errors of the layers' outputs.",
+        metavar="STATS",
+    ),
+]
 Layers = Annotated[list[str] | None, typer.Option(help="Glob on layer names; may be repeated.", metavar="GLOB")]
 
 
@@ -61,6 +80,8 @@ def analyze(
     tolerance: Tolerance = None,
     layers: Layers = None,
     structure: Structure = True,
+    curves: Curves = False,
+    stats: Stats = None,
     plots: Plots = None,
     dtype: DTypeName = None,
     key: Key = None,
@@ -81,8 +102,11 @@ def analyze(
     from tcompress.cli.console import progress_bar, show
     from tcompress.report.analysis import analysis_view
     from tcompress.report.documents import analysis_document
+    from tcompress.report.error_curves import curves_document
     from tcompress.report.writing import check_plots
     from tcompress.workflow import analysis
+    from tcompress.workflow.calibration import require_source
+    from tcompress.workflow.error_curves import error_curves
     from tcompress.workflow.removal import low_rank_of, removals
     from tcompress.workflow.settings import Settings
 
@@ -95,17 +119,38 @@ def analyze(
     memory = parse_size(max_memory, "--max-memory")
     if plots is not None:
         check_plots(plots)
+    statistics = _read_statistics(stats, curves=curves)
     with limited(memory), open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
+        if statistics is not None:
+            require_source(statistics, checkpoint, path=stats)
         found = analysis.analyze(
             checkpoint, asked, layers=layers or (), structure=structure, settings=settings, progress=progress
+        )
+        tried = (asked or analysis.usual_choices()) if curves else ()
+        told = error_curves(
+            checkpoint, found.layers, tried, statistics=statistics, settings=settings, progress=progress
         )
         files: list[Path] = []
         notes: list[str] = []
         if plots is not None:
+            from tcompress.report.curve_plots import draw_curves
             from tcompress.report.plots import draw
 
             low_rank = low_rank_of(asked if formats else None)
             parts = removals(checkpoint, found.layers, low_rank, device=settings.device, progress=progress)
             files, notes = draw(found, parts, plots)
+            files += draw_curves(told, plots)
     document = analysis_document(found, plots=files, notes=notes)
+    if curves:
+        document["curves"] = curves_document(told)
     show(document, analysis_view(document), as_json=as_json)
+
+
+def _read_statistics(path: Path | None, *, curves: bool) -> Statistics | None:
+    from tcompress.checkpoint.statistics_file import read_statistics
+
+    if path is None:
+        return None
+    if not curves:
+        raise UsageError("--stats says how --curves measures errors; give --curves as well")
+    return read_statistics(path)

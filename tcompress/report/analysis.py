@@ -14,6 +14,7 @@ from rich.text import Text
 from tcompress.errors import printable
 from tcompress.report.asked import split_asked
 from tcompress.report.documents import Document
+from tcompress.report.error_curves import curves_view
 from tcompress.report.figures import as_bytes, as_error, as_shape
 from tcompress.report.tables import Cell, limit_lines, line, setting_text, table
 
@@ -51,7 +52,8 @@ def analysis_view(document: Document) -> RenderableType:
     lines = [f"note: {printable(note)}" for note in document["notes"][:_NOTES_SHOWN]]
     more = len(document["notes"]) - _NOTES_SHOWN
     lines += [f"... and {more} more notes, see --json"] if more > 0 else []
-    return Group(view, *map(line, [*lines, *_drawn(document["plots"])]))
+    below = ["", curves_view(document["curves"])] if "curves" in document else []
+    return Group(view, *map(line, [*lines, *_drawn(document["plots"])]), *below)
 
 
 def _drawn(plots: Sequence[str]) -> list[str]:

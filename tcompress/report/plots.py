@@ -1,51 +1,27 @@
-"""Figures 5 and 6 of the low-rank-plus-sparse paper as PNG and SVG. The same figures always give the same bytes.
-
-Names come from strangers: they are shown as text, never as markup, and files are named after what is harmless of them.
-"""
+"""Figures 5 and 6 of the low-rank-plus-sparse paper as PNG and SVG."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-import matplotlib.style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from tcompress.errors import OutputError, printable
 from tcompress.report.asked import split_asked
+from tcompress.report.drawing import DOTS_PER_INCH, LINES, legible, make_folder, save, shortened, stem_of, styled
 from tcompress.report.figures import as_error, as_shape
-from tcompress.report.writing import write_whole
 from tcompress.workflow.removal import Removal, Values
 from tcompress.workflow.results import Analysis, AnalysisRow
 
-_STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.hashsalt": "tcompress",
-    "text.parse_math": False,
-}
-# Okabe and Ito's colours, told apart by colour-blind readers too; markers help in print.
-_LINES = tuple(
-    zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"), "osD^vPX", strict=True)
-)
 _BANDS = {"spatial convolution": "#ffffff", "pointwise convolution": "#fbe9c6", "linear, embedding": "#e4ecf2"}
 _BEFORE, _AFTER = "#6b7f8f", "#ff7f0e"
 _LABELS_SHOWN = 120
 _LABEL_LENGTH = 44
-_STEM_LENGTH = 80
-_DOTS_PER_INCH = 120
 
 
 def draw(analysis: Analysis, removals: Iterable[Removal], folder: Path) -> tuple[list[Path], list[str]]:
@@ -53,18 +29,15 @@ def draw(analysis: Analysis, removals: Iterable[Removal], folder: Path) -> tuple
 
     Raises OutputError when they cannot be written.
     """
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot be made ({error.strerror})", path=folder) from error
+    make_folder(folder)
     files, notes, taken = [], [], {"errors"}
-    with _style():
-        files += _save(error_figure(analysis), folder / "errors")
+    with styled():
+        files += save(error_figure(analysis), folder / "errors")
         for removal in removals:
             if removal.reason is not None:
                 notes.append(f"no figure of {removal.layer.name}: {removal.reason}")
                 continue
-            files += _save(removal_figure(removal), folder / _stem(removal.layer.name, taken))
+            files += save(removal_figure(removal), folder / stem_of("weights", removal.layer.name, taken))
     return files, notes
 
 
@@ -76,12 +49,12 @@ def error_figure(analysis: Analysis) -> Figure:
         label, amount = split_asked(row.asked)
         panels.setdefault(amount, {}).setdefault(label, {})[row.layer.name] = row
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    looks = {label: _LINES[position % len(_LINES)] for position, label in enumerate(labels)}
+    looks = {label: LINES[position % len(LINES)] for position, label in enumerate(labels)}
     every = math.ceil(len(layers) / _LABELS_SHOWN)
     ticks = {place: _tick(layers[place].name) for place in range(0, len(layers), every)}
     height = 0.8 + 0.075 * max(map(len, ticks.values())) + 2.1 * len(panels)
     size = (min(max(7.5, 3.5 + 0.17 * len(layers)), 30.0), height)
-    figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     shown: dict[str, Artist] = {}
     for axes, (amount, lines) in zip(_stacked(figure, len(panels)), panels.items(), strict=True):
         shown |= _shade(axes, [_band(row) for row in next(iter(lines.values())).values()])
@@ -92,20 +65,20 @@ def error_figure(analysis: Analysis) -> Figure:
             width = 4 * 1.2 ** min(4, len(labels) - 1 - labels.index(label))
             (shown[label],) = axes.plot(errors, color=color, marker=marker, markersize=width, linewidth=1)
         axes.set(ylim=(-0.04, max(1.04, axes.get_ylim()[1])), xlim=(-0.6, len(layers) - 0.4), ylabel="|A−L| / |A|")
-        axes.set_title(_legible(amount), loc="left", fontsize=9)
+        axes.set_title(legible(amount), loc="left", fontsize=9)
         axes.grid(axis="y", color="#d0d0d0", linewidth=0.5)
         axes.set_axisbelow(True)
     figure.axes[-1].set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=7)
-    title = f"{_shortened(analysis.source.name, 40)}: relative error per layer"
+    title = f"{shortened(analysis.source.name, 40)}: relative error per layer"
     figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=10)
     entries = [*labels, *(band for band in _BANDS if band in shown)]
-    figure.legend([shown[entry] for entry in entries], map(_legible, entries), loc="outside right upper", fontsize=8)
+    figure.legend([shown[entry] for entry in entries], map(legible, entries), loc="outside right upper", fontsize=8)
     return figure
 
 
 def removal_figure(removal: Removal) -> Figure:
     """Return figure 6: how a layer's values are spread before and after its low-rank part is removed."""
-    figure = Figure(figsize=(6.4, 3.8), dpi=_DOTS_PER_INCH)
+    figure = Figure(figsize=(6.4, 3.8), dpi=DOTS_PER_INCH)
     figure.subplots_adjust(left=0.12, right=0.97, top=0.86, bottom=0.26)
     axes = figure.add_subplot()
     bins = len(removal.before.counts)
@@ -125,18 +98,12 @@ def removal_figure(removal: Removal) -> Figure:
     layer = removal.layer
     facts = f"{layer.kind} {as_shape(layer.shape)}, low-rank part {removal.format}"
     axes.set_title(
-        f"{_shortened(layer.name, 72)}\n{facts}, relative error {as_error(removal.relative_error)}",
+        f"{shortened(layer.name, 72)}\n{facts}, relative error {as_error(removal.relative_error)}",
         fontsize=9,
         loc="left",
     )
     figure.legend(loc="lower center", ncols=2, fontsize=8)
     return figure
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    with matplotlib.style.context(["default", _STYLE]):
-        yield
 
 
 def _stacked(figure: Figure, count: int) -> list[Axes]:
@@ -171,40 +138,4 @@ def _kurtosis(values: Values) -> str:
 
 
 def _tick(name: str) -> str:
-    return _shortened(name.removesuffix(".weight"), _LABEL_LENGTH)
-
-
-def _shortened(name: str, length: int) -> str:
-    """Return a name on one line, its middle left out where it is long: the end says more than the beginning."""
-    name = _legible(name)
-    front = length // 3
-    return name if len(name) <= length else f"{name[:front]}…{name[front + 1 - length :]}"
-
-
-def _legible(text: str) -> str:
-    """Return text whose every character the font has: others as their escapes."""
-    return printable(text).encode("latin-1", "backslashreplace").decode("latin-1")
-
-
-def _stem(name: str, taken: set[str]) -> str:
-    """Return a file name for a layer that no other layer has, on disks that take A for a as well."""
-    wanted = "weights-" + re.sub(r"[^A-Za-z0-9._-]", "_", name)[:_STEM_LENGTH]
-    stem, count = wanted, 1
-    while stem.lower() in taken:
-        count += 1
-        stem = f"{wanted}-{count}"
-    taken.add(stem.lower())
-    return stem
-
-
-def _save(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure as PNG and SVG, without what differs between two runs."""
-    FigureCanvasAgg(figure)
-    files = []
-    for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        content = io.BytesIO()
-        figure.savefig(content, format=suffix, metadata=metadata)
-        figure.set_layout_engine("none")  # the second file has the first one's layout, which takes longer than drawing
-        files.append(path.with_name(f"{path.name}.{suffix}"))
-        write_whole(files[-1], content.getvalue())
-    return files
+    return shortened(name.removesuffix(".weight"), _LABEL_LENGTH)

@@ -13,7 +13,7 @@ from tcompress.checkpoint.opening import open_checkpoint
 from tcompress.errors import OutputError
 from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
-from tcompress.report import plots, writing
+from tcompress.report import drawing, plots, writing
 from tcompress.report.asked import split_asked
 from tcompress.workflow.analysis import analyze
 from tcompress.workflow.plan import Target
@@ -107,9 +107,9 @@ def test_many_layers_keep_a_figure_of_sane_size(tmp_path):
 
 
 def test_drawing_leaves_the_settings_of_others_alone(model_file, tmp_path):
-    before = dict(plots.matplotlib.rcParams)
+    before = dict(drawing.matplotlib.rcParams)
     drawn(model_file, tmp_path / "plots")
-    assert dict(plots.matplotlib.rcParams) == before
+    assert dict(drawing.matplotlib.rcParams) == before
 
 
 def test_nothing_half_written_stays_and_the_old_file_is_kept(tmp_path, monkeypatch):
