@@ -13,7 +13,7 @@ from tcompress.formats import FORMATS, Format, find_format, make, parse
 from tcompress.formats.grouped import GroupFormat
 from tcompress.workflow.plan import Target
 from tcompress.workflow.reconstruction import Reconstruction
-from tcompress.workflow.task import load_task
+from tcompress.workflow.task import Task, load_task
 from tcompress.workflow.tracing import NEEDS
 
 
@@ -54,16 +54,24 @@ def planned_formats(text: str | None) -> list[type[Format]]:
     return kinds
 
 
+def task_of(task_file: str | None, strip_prefix: str, needs: Sequence[str] = NEEDS) -> Task | None:
+    """Return the task of ``--task``, which must have these functions; None without it."""
+    if task_file is not None:
+        return load_task(task_file, needs)
+    if strip_prefix:
+        raise UsageError("--strip-prefix is about the model of a task; give --task")
+    return None
+
+
 def reconstruction_of(
-    checkpoint: Checkpoint, task_file: str | None, strip_prefix: str, device: torch.device
+    checkpoint: Checkpoint, task: Task | None, strip_prefix: str, device: torch.device, *, repair: bool = True
 ) -> Reconstruction | None:
-    """Return the model of ``--task`` with its calibration inputs; None without it."""
-    if task_file is None:
-        if strip_prefix:
-            raise UsageError("--strip-prefix is about the model of a task; give --task")
-        return None
-    task = load_task(task_file, NEEDS)
-    return Reconstruction(checkpoint, task, strip_prefix=strip_prefix, device=device)
+    """Return the model of a task with its calibration inputs; None without one."""
+    if task is not None:
+        return Reconstruction(checkpoint, task, strip_prefix=strip_prefix, device=device, repair=repair)
+    if not repair:
+        raise UsageError("--no-repair is about what --task repairs; give --task")
+    return None
 
 
 def _by_rule(text: str, rank_rule: str, seed: int) -> Target:

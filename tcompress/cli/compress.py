@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +14,7 @@ from tcompress.cli.options import (
     Device,
     DTypeName,
     Exclude,
+    Flops,
     Force,
     Formats,
     Include,
@@ -22,6 +25,7 @@ from tcompress.cli.options import (
     MaxShardSize,
     Model,
     Rank,
+    RankMultiple,
     Seed,
     StripPrefix,
     TaskFile,
@@ -30,11 +34,11 @@ from tcompress.cli.options import (
     parse_size,
     pick_device,
     pick_dtype,
-    set_threads,
 )
 from tcompress.errors import LimitError, UsageError
 
 if TYPE_CHECKING:
+    from tcompress.report.documents import Document
     from tcompress.workflow.plan import Plan
     from tcompress.workflow.results import CompressionResult
 
@@ -66,6 +70,10 @@ RankRule = Annotated[
 OneThreshold = Annotated[
     bool, typer.Option("--global", help="sparse, lrs: one threshold over all layers; the budget is that of all.")
 ]
+Repair = Annotated[
+    bool,
+    typer.Option(help="With --task: set biases and normalisations anew where held-out inputs agree that it helps."),
+]
 Report = Annotated[
     Path | None, typer.Option(help="Write a report, by its suffix JSON or Markdown.", metavar="FILE.json|.md")
 ]
@@ -96,8 +104,11 @@ def compress(
     one_threshold: OneThreshold = False,
     plan_file: PlanFile = None,
     formats: Formats = None,
+    flops: Flops = None,
+    rank_multiple: RankMultiple = 1,
     task_file: TaskFile = None,
     strip_prefix: StripPrefix = "",
+    repair: Repair = True,
     save_plan: SavePlan = None,
     dry_run: DryRun = False,
     dtype: DTypeName = None,
@@ -117,24 +128,23 @@ def compress(
 ) -> None:
     """Write a smaller checkpoint: layer by layer, never larger than dense, its errors measured on what is stored.
 
-    Without --format and --plan a plan is made for --keep or --max-bytes, over all formats. With --task each layer is
-    fitted to give, behind the layers that are compressed before it, the output of the dense model; this runs the code
-    in the task file.
+    Without --format and --plan a plan is made for --keep, --flops or --max-bytes, over all formats. With --task each
+    layer is fitted to give, behind the layers that are compressed before it, the output of the dense model; this runs
+    the code in the task file.
 
     Example: tcompress compress model.safetensors --keep 0.25 -o small.safetensors
     """
-    from tcompress.checkpoint.memory import limited
-    from tcompress.checkpoint.opening import open_checkpoint
-    from tcompress.cli.choices import planned_formats, reconstruction_of
-    from tcompress.cli.console import progress_bar, show
+    from tcompress.cli.choices import planned_formats, reconstruction_of, task_of
+    from tcompress.cli.console import show
     from tcompress.cli.names import default_output
+    from tcompress.cli.opened import opened
     from tcompress.report.documents import compression_document
     from tcompress.report.tables import compression_view
-    from tcompress.report.writing import PLAN_SUFFIXES, REPORT_SUFFIXES, check_path, write_plan, write_report
     from tcompress.workflow import compression
     from tcompress.workflow.budgeting import make_plan, matching
     from tcompress.workflow.settings import Settings
 
+    byte_limit, shard_bytes = parse_size(max_bytes, "--max-bytes"), parse_size(max_shard_size, "--max-shard-size")
     asked = _plan(
         plan_file,
         format_name,
@@ -147,59 +157,74 @@ def compress(
         seed=seed,
         rank_rule=rank_rule,
     )
-    if asked is None and keep is None and max_bytes is None:
-        raise UsageError(
-            "give --format or --plan, or --keep or --max-bytes alone, for which a plan is made; "
-            "`tcompress formats` lists the formats"
-        )
-    if asked is not None and formats is not None:
-        raise UsageError("--formats is what a plan chooses from; leave it out beside --format or --plan")
-    kinds = planned_formats(formats)
-    settings = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite)
-    shard_bytes, byte_limit = parse_size(max_shard_size, "--max-shard-size"), parse_size(max_bytes, "--max-bytes")
-    check_path(report, REPORT_SUFFIXES)
-    check_path(save_plan, PLAN_SUFFIXES)
-    set_threads(threads)
-    memory = parse_size(max_memory, "--max-memory")
-    with limited(memory), open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
-        reconstruction = reconstruction_of(checkpoint, task_file, strip_prefix, settings.device)
+    budget = _budget(asked, keep, byte_limit, flops)
+    if asked is not None and (formats is not None or rank_multiple != 1):
+        raise UsageError("--formats and --rank-multiple are for a plan to be made; leave them out beside another")
+    settings, kinds = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite), planned_formats(formats)
+    _check_paths(report, save_plan)
+    with opened(model, key=key, threads=threads, max_memory=max_memory) as (checkpoint, progress):
+        task = task_of(task_file, strip_prefix)
+        reconstruction = reconstruction_of(checkpoint, task, strip_prefix, settings.device, repair=repair)
         plan = (
             asked
             or make_plan(
                 checkpoint,
-                keep=keep,
-                max_bytes=None if keep is not None else byte_limit,
+                **budget,
                 layers=matching(checkpoint, include or (), exclude or ()),
                 formats=kinds,
                 settings=settings,
+                rank_multiple=rank_multiple,
                 reconstruction=reconstruction,
                 progress=progress,
             ).plan
         )
-        if dry_run:
-            result = compression.dry_run(
-                checkpoint, plan, settings=settings, max_shard_bytes=shard_bytes, progress=progress
-            )
-        else:
-            result = compression.compress(
-                checkpoint,
-                plan,
-                out=out or default_output(model, "tcompress"),
-                settings=settings,
-                force=force,
-                max_shard_bytes=shard_bytes,
-                reconstruction=reconstruction,
-                progress=progress,
-            )
+        carry_out: Callable[..., CompressionResult] = compression.dry_run
+        if not dry_run:
+            carry_out = partial(compression.compress, out=out or default_output(model, "tcompress"), force=force)
+        result = carry_out(
+            checkpoint,
+            plan,
+            settings=settings,
+            max_shard_bytes=shard_bytes,
+            reconstruction=reconstruction,
+            progress=progress,
+        )
     exceeded = _exceeded(result, max_error, byte_limit, min_ratio)
     document = compression_document(result, exceeded)
+    _write(document, report, save_plan)
+    show(document, compression_view(document), as_json=as_json)
+    if exceeded:
+        raise LimitError("; ".join(exceeded), path=checkpoint.path)
+
+
+def _budget(asked: Plan | None, keep: float | None, max_bytes: int | None, flops: float | None) -> dict[str, Any]:
+    """Return what a plan is to be made for: --max-bytes beside another budget is a limit of the output alone."""
+    if asked is not None and flops is not None:
+        raise UsageError("--flops is what a plan is made for; leave it out beside --format or --plan")
+    other = {"keep": keep, "flops": flops}
+    alone = all(amount is None for amount in other.values())
+    if asked is None and alone and max_bytes is None:
+        raise UsageError(
+            "give --format or --plan, or --keep, --flops or --max-bytes alone, for which a plan is made; "
+            "`tcompress formats` lists the formats"
+        )
+    return {**other, "max_bytes": max_bytes if alone else None}
+
+
+def _check_paths(report: Path | None, save_plan: Path | None) -> None:
+    from tcompress.report.writing import PLAN_SUFFIXES, REPORT_SUFFIXES, check_path
+
+    check_path(report, REPORT_SUFFIXES)
+    check_path(save_plan, PLAN_SUFFIXES)
+
+
+def _write(document: Document, report: Path | None, save_plan: Path | None) -> None:
+    from tcompress.report.writing import write_plan, write_report
+
     if save_plan is not None:
         write_plan(save_plan, document["plan"])
     if report is not None:
         write_report(report, document)
-    show(document, compression_view(document), as_json=as_json)
-    if exceeded:
-        raise LimitError("; ".join(exceeded), path=checkpoint.path)
 
 
 def _plan(
@@ -224,7 +249,7 @@ def _plan(
     if plan_file is None and format_name is None:
         if any(each is not None for each in (rank, tolerance, rank_rule)) or one_threshold:
             raise UsageError(
-                "--rank, --tolerance and --global go with --format; a plan is made for --keep or --max-bytes"
+                "--rank, --tolerance and --global go with --format; a plan is made for --keep, --flops or --max-bytes"
             )
         return None
     if format_name is not None:

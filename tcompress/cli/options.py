@@ -48,6 +48,20 @@ Tolerance = Annotated[
         rich_help_panel="How much",
     ),
 ]
+Flops = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of the layers' dense multiplications that a plan may keep, at the positions --task shows.",
+        metavar="X",
+        min=0,
+        max=1,
+        rich_help_panel="How much",
+    ),
+]
+RankMultiple = Annotated[
+    int,
+    typer.Option(help="A plan's ranks are multiples of this, as hardware likes 8 or 16.", metavar="M", min=1),
+]
 DTypeName = Annotated[
     str | None,
     typer.Option(

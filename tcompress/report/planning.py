@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 
-from tcompress.errors import UsageError
+from tcompress.errors import UsageError, printable
 from tcompress.report.documents import Document, head, tail
 from tcompress.report.figures import as_bytes, as_error, as_seconds, as_shape
 from tcompress.report.tables import line, setting_text, table
 from tcompress.workflow.budgeting import Planned, PlannedLayer
-from tcompress.workflow.curves import Candidate
+from tcompress.workflow.evaluations import Search
 from tcompress.workflow.settings import TYPE_NAMES
+from tcompress.workflow.trial import Candidate
 
 
 def planning_document(source: Path, planned: Planned, explain: str | None = None) -> Document:
@@ -26,16 +28,20 @@ def planning_document(source: Path, planned: Planned, explain: str | None = None
         **head("plan"),
         "source": {"path": str(source)},
         "plan": planned.plan.to_json(),
-        "budget_bytes": planned.budget_bytes,
+        "budget": dict(planned.budget),
+        "budget_bytes": None if "flops" in planned.budget else planned.limit,
         "layers": [_layer(each) for each in planned.layers],
         "totals": {
             "dense_bytes": sum(each.layer.dense_bytes for each in planned.layers),
             "stored_bytes": sum(each.chosen.stored_bytes for each in planned.layers),
             "header_bytes": sum(each.chosen.header_bytes for each in planned.layers),
+            "dense_multiplications": sum(each.dense_multiplications for each in planned.layers),
+            "multiplications": sum(each.multiplications for each in planned.layers),
             "loss": planned.loss,
             "least_loss": planned.bound,
         },
         "curve": curve,
+        "search": None if planned.search is None else _search(planned.search),
         "notes": list(planned.notes),
         **tail(planned.seconds),
     }
@@ -46,9 +52,10 @@ def planning_view(document: Document) -> RenderableType:
     totals = document["totals"]
     part = totals["stored_bytes"] / totals["dense_bytes"]
     lines = [
+        *(f"note: {printable(note)}" for note in document["notes"]),
         f"planned {len(document['layers'])} layers: {totals['dense_bytes']} -> {totals['stored_bytes']} bytes "
-        f"({part:.2%}), loss {totals['loss']:.4g}, no plan below {totals['least_loss']:.4g}, "
-        f"in {as_seconds(document['seconds'])}"
+        f"({part:.2%}), {_share(totals)} of the multiplications, loss {totals['loss']:.4g}, "
+        f"no plan below {totals['least_loss']:.4g}, in {as_seconds(document['seconds'])}",
     ]
     if document["curve"] is not None:
         columns = ["format", "stored as", "stored", "error", ""]
@@ -69,6 +76,19 @@ def planning_view(document: Document) -> RenderableType:
     return Group(table(columns, rows, right=columns[6:]), *map(line, lines))
 
 
+def _share(totals: Document) -> str:
+    dense = totals["dense_multiplications"]
+    return f"{totals['multiplications'] / dense if dense else 1:.1%}"
+
+
+def _search(search: Search) -> Document:
+    return {
+        "score": search.score,
+        "dense_score": search.dense_score,
+        "evaluated": [asdict(each) for each in search.evaluated],
+    }
+
+
 def _cells(each: Document) -> list[str]:
     return [
         setting_text(each),
@@ -87,6 +107,8 @@ def _layer(planned: PlannedLayer) -> Document:
         "dtype": layer.dtype.name,
         "dense_bytes": layer.dense_bytes,
         **_candidate(planned.chosen),
+        "multiplications": planned.multiplications,
+        "dense_multiplications": planned.dense_multiplications,
         "importance": planned.importance,
         "why": planned.why,
     }

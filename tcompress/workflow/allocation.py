@@ -1,4 +1,4 @@
-"""One choice per layer under a budget: the least loss of all of them together, or the fewest bytes.
+"""One choice per layer under a budget: the least loss of all of them together.
 
 A layer offers points (a cost, a loss), of which one is chosen: the multiple-choice knapsack problem. First a multiplier
 p, the price of a unit of cost: each layer takes its least loss + p cost, and sum(loss + p cost) - p budget is a bound
@@ -7,8 +7,8 @@ the hulls: by dynamic programming over the few candidates that the gap to the bo
 algorithm for the multiple-choice knapsack problem", 1995), which is exact unless more than _MOST_STATES partial
 choices are open at a time, and then keeps the most promising of them.
 
-Letters: w = what is limited, v = what is made small; slack = v + p w of a point above the least of its layer. Sums of
-costs stay below 2^53, where float64 holds every whole number. Nothing here depends on the time it takes.
+Letters: w = cost, which is limited, v = loss, which is made small; slack = v + p w of a point above the least of its
+layer. Sums of costs stay below 2^53, where float64 holds every whole number. Nothing here depends on the time it takes.
 """
 
 from __future__ import annotations
@@ -75,26 +75,6 @@ def allocate(curves: Sequence[Sequence[Point]], budget: int) -> Allocation | Non
     return None if found is None else _allocation(curves, *found)
 
 
-def allocate_within_loss(curves: Sequence[Sequence[Point]], largest_loss: float) -> Allocation | None:
-    """Return the choice of least cost that loses at most ``largest_loss``, and of such the one of least loss.
-
-    None if there is none. The bound is that of any choice that costs no more.
-    """
-    _check(curves)
-    if math.isnan(largest_loss):
-        raise ValueError("the largest loss is not a number")
-    limit = min(largest_loss, math.fsum(max(point.loss for point in curve) for curve in curves))
-    found = _solve([_Layer(*reversed(_columns(curve))) for curve in curves], limit, _ROUNDING)
-    if found is None:
-        return None
-    cheapest = _allocation(curves, found[0], -math.inf)
-    refined = allocate(curves, cheapest.cost)
-    assert refined is not None  # noqa: S101
-    if refined.loss <= cheapest.loss:
-        return refined
-    return Allocation(cheapest.chosen, cheapest.cost, cheapest.loss, refined.bound)
-
-
 def _check(curves: Sequence[Sequence[Point]]) -> None:
     if sum(max(abs(point.cost) for point in curve) for curve in curves) >= _LARGEST_TOTAL:
         raise ValueError("costs this large cannot be added exactly")
@@ -136,11 +116,8 @@ def _total(layers: Sequence[_Layer], chosen: Sequence[int]) -> tuple[float, floa
     return math.fsum(layer.v[at] for layer, at in pairs), math.fsum(layer.w[at] for layer, at in pairs)
 
 
-def _solve(layers: Sequence[_Layer], limit: float, rounding: float = 0) -> tuple[Choice, float] | None:
-    """Return the choice of least v with w within the limit, and the Lagrangian bound on v; None if nothing fits.
-
-    rounding: what sums of w may be off by, of their size; nothing where w are whole numbers.
-    """
+def _solve(layers: Sequence[_Layer], limit: float) -> tuple[Choice, float] | None:
+    """Return the choice of least v with w within the limit, and the Lagrangian bound on v; None if nothing fits."""
     if _total(layers, [0] * len(layers))[1] > limit:
         return None
     at_price, price, chosen = _greedy(layers, limit)
@@ -149,13 +126,8 @@ def _solve(layers: Sequence[_Layer], limit: float, rounding: float = 0) -> tuple
     if price:
         chosen = _swapped(layers, chosen, limit)
         known = _total(layers, chosen)[0]
-        # Running sums may be off by their last digits: at a limit that a choice just meets, whole sums decide.
-        off = rounding * (abs(limit) + abs(w))
-        for searched_to in (limit + off, limit, limit - off) if off else (limit,):
-            searched = _searched(layers, at_price, price, known, searched_to)
-            if _total(layers, searched)[1] <= limit:
-                chosen = min(chosen, searched, key=lambda choice: _total(layers, choice))
-                break
+        searched = _searched(layers, at_price, price, known, limit)
+        chosen = min(chosen, searched, key=lambda choice: _total(layers, choice))
     return tuple(int(layer.index[at]) for layer, at in zip(layers, chosen, strict=True)), bound
 
 
@@ -173,8 +145,6 @@ def _greedy(layers: Sequence[_Layer], limit: float) -> tuple[list[int], float, l
         if chosen[n] != layer.hull[step]:
             continue  # it builds on a step that did not fit
         after = w + float(layer.w[layer.hull[step + 1]] - layer.w[chosen[n]])
-        if abs(after - limit) <= _ROUNDING * (abs(limit) + abs(w)):  # here running sums do not decide
-            after = _total(layers, [*chosen[:n], layer.hull[step + 1], *chosen[n + 1 :]])[1]
         if after <= limit:
             chosen[n], w = layer.hull[step + 1], after
         elif not price:

@@ -1,4 +1,4 @@
-"""make_plan(): one budget in bytes, the plan out: what to do with each layer, over all formats and stored types.
+"""make_plan(): one budget in, the plan out: what to do with each layer, over all formats and stored types.
 
 The loss of a plan is the sum over its layers of importance x squared relative error of the layer's output, each error
 taken alone. It ranks plans; it is no forecast of a score.
@@ -9,53 +9,70 @@ from __future__ import annotations
 import fnmatch
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from tcompress.checkpoint.layers import Layer, LayerKind, find_layers
-from tcompress.checkpoint.manifest import is_compressed
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.statistics_file import Statistics
-from tcompress.errors import LimitError, UsageError
+from tcompress.errors import UsageError
 from tcompress.formats import Format
-from tcompress.workflow.allocation import Point, allocate, smallest_cost
-from tcompress.workflow.calibration import require_source
-from tcompress.workflow.checking import require_working_memory
-from tcompress.workflow.curves import Candidate, curve_of, default_formats, default_types
-from tcompress.workflow.importance import importances, input_moments, values_alone
+from tcompress.workflow.allocation import allocate
+from tcompress.workflow.budgets import Budget, limit_of, points_of, unmet
+from tcompress.workflow.cheapest import cheapest_within
+from tcompress.workflow.choices import Choices, choices_of
+from tcompress.workflow.evaluations import Search
+from tcompress.workflow.knowledge import Knowledge
+from tcompress.workflow.multiplications import multiplications
 from tcompress.workflow.plan import Plan, Rule, exactly
-from tcompress.workflow.progress import Progress, silent, steps
+from tcompress.workflow.progress import Progress, silent
 from tcompress.workflow.reconstruction import Reconstruction
 from tcompress.workflow.settings import TYPE_NAMES, Settings
-from tcompress.workflow.survey import facts_of
+from tcompress.workflow.trial import Candidate
+
+_NAMED = 3  # layers in a note
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer, what was chosen for it, and what it was chosen from. importance: what its error counts."""
+    """A layer, what was chosen for it, and what it was chosen from. importance: what its error counts.
+
+    multiplications: on one run of the model, dense_multiplications: of the dense layer; of one position each where no
+    run is known.
+    """
 
     layer: Layer
     chosen: Candidate
     curve: Sequence[Candidate]
     importance: float
     why: str
+    multiplications: int
+    dense_multiplications: int
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan and how it came about. bound: no choice within the budget has a smaller loss than this."""
+    """A plan and how it came about.
+
+    budget: by its name. limit: the same as a whole number of bytes or multiplications; None for a limit of errors.
+    bound: no choice that costs no more has a smaller loss than this. search: how the budget was found, if it was.
+    """
 
     plan: Plan
     layers: Sequence[PlannedLayer]
-    budget_bytes: int
-    stored_bytes: int
+    budget: dict[str, float]
+    limit: int | None
     loss: float
     bound: float
     seconds: float
     notes: Sequence[str] = field(default=())
+    search: Search | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all layers' factors."""
+        return sum(each.chosen.stored_bytes for each in self.layers)
 
 
 def make_plan(
@@ -63,62 +80,83 @@ def make_plan(
     *,
     keep: float | None = None,
     max_bytes: int | None = None,
+    max_error: float | None = None,
+    flops: float | None = None,
     layers: Sequence[Layer] | None = None,
     formats: Sequence[type[Format]] = (),
     settings: Settings | None = None,
+    rank_multiple: int = 1,
     reconstruction: Reconstruction | None = None,
     statistics: Statistics | None = None,
     progress: Progress = silent,
 ) -> Planned:
-    """Return the plan of the smallest loss found within a budget; one of keep and max_bytes is given.
+    """Return the plan of the smallest loss found within a budget; one of keep, max_bytes, max_error and flops is given.
 
-    keep: fraction of the layers' dense bytes that their factors may take. max_bytes: of the whole file.
+    keep: fraction of the layers' dense bytes that their factors may take. max_bytes: of the whole file. flops: fraction
+    of the layers' dense multiplications. max_error: no layer's relative error is larger, and its bytes are the fewest.
     layers: those that may be compressed, all without it. formats: tried for each layer, by default all quick ones.
-    settings: its ``store`` is the only stored type tried, where it is given. reconstruction: a model and inputs, by
-    which errors are those of the layers' outputs, and weighed by what they do to the model's. statistics: of this
-    checkpoint, from ``calibrate``, in the place of a model: errors of outputs, weighed by their sensitivities.
+    settings: its ``store`` is the only stored type tried, where it is given. rank_multiple: of which all ranks are.
+    reconstruction: a model and inputs, by which errors are those of the layers' outputs, and weighed by what they do to
+    the model's. statistics: of this checkpoint, from ``calibrate``, in the place of a model: errors of outputs, weighed
+    by their sensitivities.
 
     Raises LimitError, with the smallest possible, when no choice fits the budget; UsageError for a compressed
     checkpoint, or without layers.
     """
+    budget = Budget(keep, max_bytes, max_error, flops)
+    choices = choices_of(
+        checkpoint,
+        layers=layers,
+        formats=formats,
+        settings=settings,
+        rank_multiple=rank_multiple,
+        reconstruction=reconstruction,
+        statistics=statistics,
+        for_flops=flops is not None,
+        progress=progress,
+    )
+    return choose(choices, budget)
+
+
+def choose(choices: Choices, budget: Budget) -> Planned:
+    """Return the best plan within a budget. Raises LimitError, with the smallest possible, when there is none."""
     started = time.perf_counter()
-    settings = settings or Settings()
-    if is_compressed(checkpoint):
-        raise UsageError("is compressed already; decompress it first", path=checkpoint.path)
-    if (keep is None) == (max_bytes is None):
-        raise UsageError("give one budget: --keep or --max-bytes")
-    chosen = list(find_layers(checkpoint) if layers is None else layers)
-    if not chosen:
-        raise UsageError("has no layer that could be compressed", path=checkpoint.path)
-    require_working_memory(checkpoint, chosen)
-    known = _Knowledge.of(checkpoint, chosen, reconstruction, statistics, progress)
-    curves = [
-        _curve(checkpoint, layer, known, formats or default_formats(), settings)
-        for layer in steps("planning", chosen, progress)
+    if budget.max_error is not None:
+        chosen, loss, bound, limit = *_within_error(choices, budget.max_error), None
+    else:
+        limit = limit_of(choices, budget)
+        points = points_of(choices, budget)
+        found = allocate(points, limit)
+        if found is None:
+            raise unmet(choices, budget, points, limit)
+        chosen = [curve[at] for curve, at in zip(choices.curves, found.chosen, strict=True)]
+        loss, bound = found.loss, found.bound
+    layers = [
+        _planned(layer, each, curve, choices.known)
+        for layer, each, curve in zip(choices.layers, chosen, choices.curves, strict=True)
     ]
-    whole = keep is None
-    budget = _budget(checkpoint, chosen, keep, max_bytes)
-    points = [
-        [_point(each, known.importance[layer.name], whole) for each in curve]
-        for layer, curve in zip(chosen, curves, strict=True)
-    ]
-    found = allocate(points, budget)
-    if found is None:
-        least = smallest_cost(points)
-        unit = "bytes of factors" if keep is not None else "bytes of factors and their description"
-        share = least / sum(layer.dense_bytes for layer in chosen)
-        raise LimitError(
-            f"no plan keeps within {budget} {unit}; "
-            f"the smallest takes {least}, --keep {math.ceil(share * 1e4) / 1e4:g}",
-            path=checkpoint.path,
+    plan = Plan(tuple(_rule(each) for each in layers))
+    seconds = choices.seconds + time.perf_counter() - started
+    return Planned(plan, layers, budget.given(), limit, loss, bound, seconds, _notes(choices, budget))
+
+
+def _within_error(choices: Choices, max_error: float) -> tuple[list[Candidate], float, float]:
+    """Return the fewest bytes of each layer within the error, the loss, and what no plan of as many bytes is below."""
+    chosen = [
+        cheapest_within(
+            choices.checkpoint.read(layer.name),
+            curve,
+            max_error,
+            gram=choices.known.gram_of(layer),
+            device=choices.device,
         )
-    planned = [
-        PlannedLayer(layer, curve[at], curve, known.importance[layer.name], _why(layer, curve[at], known))
-        for layer, curve, at in zip(chosen, curves, found.chosen, strict=True)
+        for layer, curve in zip(choices.layers, choices.curves, strict=True)
     ]
-    plan = Plan(tuple(_rule(each) for each in planned))
-    seconds = time.perf_counter() - started
-    return Planned(plan, planned, budget, found.cost, found.loss, found.bound, seconds)
+    weights = [choices.known.importance[layer.name] for layer in choices.layers]
+    loss = math.fsum(weight * each.loss for weight, each in zip(weights, chosen, strict=True))
+    of_bytes = Budget(keep=1)
+    best = allocate(points_of(choices, of_bytes), sum(each.stored_bytes for each in chosen))
+    return chosen, loss, loss if best is None else min(loss, best.bound)
 
 
 def matching(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> list[Layer]:
@@ -139,75 +177,17 @@ def matching(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[s
     return found
 
 
-@dataclass(frozen=True)
-class _Knowledge:
-    """What is known of the layers beside their weights. moments: of their inputs, where there is a model to run."""
-
-    importance: Mapping[str, float]
-    moments: Mapping[str, Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        checkpoint: Checkpoint,
-        layers: Sequence[Layer],
-        reconstruction: Reconstruction | None,
-        statistics: Statistics | None,
-        progress: Progress,
-    ) -> _Knowledge:
-        if reconstruction is None and statistics is not None:
-            return cls._from(checkpoint, layers, statistics)
-        if reconstruction is None:
-            return cls({layer.name: values_alone(layer) for layer in layers}, {})
-        traced, batches = reconstruction.dense, reconstruction.batches
-        moments = input_moments(traced, batches, checkpoint)
-        return cls(importances(traced, batches, layers, checkpoint, moments, progress=progress), moments)
-
-    @classmethod
-    def _from(cls, checkpoint: Checkpoint, layers: Sequence[Layer], statistics: Statistics) -> _Knowledge:
-        """Take moments and sensitivities; of a layer without them, the importance is that of its size alone."""
-        require_source(statistics, checkpoint)
-        weights, moments = {layer.name: values_alone(layer) for layer in layers}, {}
-        for layer in layers:
-            found = statistics.layers.get(layer.name)
-            if found is None or found.counts:
-                continue
-            moments[layer.name] = found.moment
-            matrix = checkpoint.read(layer.name).double().reshape(layer.shape[0], -1)
-            moved = matrix * found.moment if found.diagonal else matrix @ found.moment
-            change = found.positions_per_sample * float(((moved * matrix).sum(dim=1) * found.sensitivity).sum())
-            weights[layer.name] = math.sqrt(layer.values * max(change, 0.0)) or values_alone(layer)
-        return cls(weights, moments)
-
-
-def _curve(
-    checkpoint: Checkpoint, layer: Layer, known: _Knowledge, formats: Sequence[type[Format]], settings: Settings
-) -> list[Candidate]:
-    weight = checkpoint.read(layer.name)
-    dense = Candidate(None, None, layer.dense_bytes, 0, 0.0)
-    clash = any(name.startswith(layer.name + ".") for name in checkpoint)
-    if clash or facts_of(weight).nonfinite:
-        return [dense]
-    types = default_types(layer) if settings.store is None else [settings.store]
-    gram = None if layer.kind is LayerKind.EMBEDDING else known.moments.get(layer.name)
-    return curve_of(layer, weight, formats, types, gram=gram, device=settings.device)
-
-
-def _budget(checkpoint: Checkpoint, layers: Sequence[Layer], keep: float | None, max_bytes: int | None) -> int:
-    dense = sum(layer.dense_bytes for layer in layers)
-    if keep is not None:
-        return math.floor(keep * dense)
-    assert max_bytes is not None  # noqa: S101
-    # What does not depend on the choice: the other tensors, their description, and the manifest's frame.
-    return max_bytes - (sum(path.stat().st_size for path in checkpoint.files) - dense) - _FRAME
-
-
-_FRAME = 400  # bytes of a manifest without layers, and of the alignment of the header
-
-
-def _point(candidate: Candidate, importance: float, whole: bool) -> Point:
-    cost = candidate.stored_bytes + (candidate.header_bytes if whole else 0)
-    return Point(cost, importance * candidate.loss)
+def _planned(layer: Layer, chosen: Candidate, curve: Sequence[Candidate], known: Knowledge) -> PlannedLayer:
+    calls = known.calls_of(layer)
+    return PlannedLayer(
+        layer,
+        chosen,
+        curve,
+        known.importance[layer.name],
+        _why(layer, chosen, known),
+        multiplications(layer, chosen.format, calls),
+        multiplications(layer, None, calls),
+    )
 
 
 def _rule(planned: PlannedLayer) -> Rule:
@@ -221,13 +201,25 @@ def _rule(planned: PlannedLayer) -> Rule:
     return Rule(exactly(layer.name), chosen.format, comments=comments, store=chosen.store)
 
 
-def _why(layer: Layer, chosen: Candidate, known: _Knowledge) -> str:
+def _why(layer: Layer, chosen: Candidate, known: Knowledge) -> str:
     if chosen.format is None:
-        return "dense: its bytes are worth more here than elsewhere, or nothing is smaller"
+        return "dense: what it costs is worth more here than elsewhere, or nothing is smaller"
     assert chosen.store is not None  # noqa: S101
-    of_what = "output" if layer.name in known.moments and layer.kind is not LayerKind.EMBEDDING else "weight"
+    of_what = "weight" if known.gram_of(layer) is None else "output"
     part = chosen.stored_bytes / layer.dense_bytes
     return (
         f"{chosen.format.name} in {TYPE_NAMES[chosen.store]} at {part:.1%} of its bytes; "
         f"error of the {of_what}, importance {known.importance[layer.name]:.3g}"
     )
+
+
+def _notes(choices: Choices, budget: Budget) -> list[str]:
+    """Say what multiplications were counted by, where they were."""
+    counted = [layer for layer in choices.layers if layer.kind is not LayerKind.EMBEDDING]
+    unseen = [layer.name for layer in counted if layer.name not in choices.known.calls]
+    if budget.flops is None or not unseen:
+        return []
+    if not choices.known.calls:
+        return ["multiplications are those of one position of each layer; --task counts the positions of the model"]
+    names = ", ".join(unseen[:_NAMED]) + (", ..." if len(unseen) > _NAMED else "")
+    return [f"layers that no call was seen of count one position: {names}"]

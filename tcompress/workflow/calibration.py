@@ -134,7 +134,7 @@ def _calibrated(
 ) -> Statistics:
     if is_compressed(checkpoint):
         raise UsageError("is compressed; calibrate the checkpoint it was made from", path=checkpoint.path)
-    with _seeded():
+    with seeded():
         batches = calibration_inputs(task)
         traced = load_traced(checkpoint, task, batches, strip_prefix=strip_prefix, device=device or _CPU)
         uses, notes = _by_layer(traced)
@@ -213,7 +213,7 @@ class _Told:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
+def seeded() -> Iterator[None]:
     """Let all random numbers begin at the same point: a task may shuffle its batches."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

@@ -54,8 +54,10 @@ class Prospects:
         if outlook is None:
             return True
         loss = outlook.loss(setting)
+        # What is exact is among what is reached, and must not be behind itself.
+        slack = max(self._slack, 1.0) if outlook.is_exact else self._slack
         return any(
-            loss <= self._slack * _at(self._reached[store], _bytes_of(setting, self._layer.shape, store))
+            loss <= slack * _at(self._reached[store], _bytes_of(setting, self._layer.shape, store))
             for store in self._types
         )
 

@@ -19,7 +19,12 @@ def model():
 
 def calibration_batches():
     return list(training_images()[0][:96].split(32))
+
+def evaluate(model):
+    images, labels = training_images()
+    return {{"accuracy": float((model(images[:200]).argmax(1) == labels[:200]).float().mean())}}
 """
+TWO = ("--formats", "svd,sparse")
 
 
 @pytest.fixture
@@ -70,9 +75,47 @@ def test_a_task_makes_outputs_nearer(tcompress, dense):
     assert tcompress("plan", dense, "--keep", "0.06", "--formats", "svd", "--stats", "stats.safetensors").code == 0
 
 
+def test_multiplications_are_a_budget_of_compress_too(tcompress, dense):
+    shown = tcompress("plan", dense, "--flops", "0.5", *TWO, "-o", "plan.json", "--json")
+    document = json.loads(shown.out)
+    totals = document["totals"]
+    assert (document["budget"], document["budget_bytes"]) == ({"flops": 0.5}, None)
+    assert totals["multiplications"] <= 0.5 * totals["dense_multiplications"]
+    options = ("--flops", "0.5", "--rank-multiple", "8", "--formats", "svd", "-o", "s.safetensors", "--json")
+    done = json.loads(tcompress("compress", dense, *options).out)
+    ranks = [layer["options"]["rank"] for layer in done["layers"] if layer["format"] == "svd"]
+    assert ranks
+    assert all(rank % 8 == 0 for rank in ranks)
+
+
+def test_an_error_is_a_budget_that_compress_then_keeps_as_a_limit(tcompress, dense):
+    assert tcompress("plan", dense, "--max-error", "0.2", *TWO, "-o", "plan.json").code == 0
+    options = ("--plan", "plan.json", "-o", "s.safetensors")
+    assert tcompress("compress", dense, *options, "--max-error", "0.2").code == 0
+
+
+def test_a_score_is_a_budget(tcompress, dense):
+    Path("task.py").write_text(TASK)
+    options = ("--max-drop", "0.02", "--task", "task.py", *TWO, "--dtype", "int8", "--max-evaluations", "3")
+    done = tcompress("plan", dense, *options, "-o", "plan.json", "--json")
+    assert (done.code, done.err) == (0, "")
+    document = json.loads(done.out)
+    search = document["search"]
+    assert (document["budget"], search["score"], len(search["evaluated"])) == ({"max_drop": 0.02}, "accuracy", 3)
+    chosen = min((each for each in search["evaluated"] if each["drop"] <= 0.02), key=lambda each: each["keep"])
+    assert document["totals"]["stored_bytes"] == chosen["stored_bytes"] < 0.25 * document["totals"]["dense_bytes"]
+    assert Path("plan.evaluations.json").is_file()
+    again = tcompress("plan", dense, *options, "-o", "plan.json")
+    assert again.out.count("known from before") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (["--flops", "0.0001"], 3, "multiplications; the smallest takes"),
+        (["--keep", "0.5", "--flops", "0.5"], 2, "give one budget"),
+        (["--max-drop", "1", "--keep", "0.5", "--task", "missing.py"], 2, "give one budget"),
+        (["--max-drop", "1"], 2, "give --task"),
         (["--keep", "0.0001"], 3, "the smallest takes"),
         (["--keep", "0.5", "--max-bytes", "1MB"], 2, "give one budget"),
         ([], 2, "give one budget"),

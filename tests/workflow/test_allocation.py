@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from tcompress.workflow.allocation import Point, allocate, allocate_within_loss, hull, smallest_cost
+from tcompress.workflow.allocation import Point, allocate, hull, smallest_cost
 
 few_points = st.lists(st.builds(Point, st.integers(0, 40), st.integers(0, 60).map(float)), min_size=1, max_size=6)
 small_problems = st.lists(few_points, min_size=0, max_size=4)
@@ -79,18 +79,6 @@ def test_of_equal_losses_the_cheaper_is_chosen(problem, part):
     assert (found.loss, found.cost) == min((loss, cost) for cost, loss, _ in choices(problem) if cost <= budget)
 
 
-@given(problem=st.one_of(small_problems, wide_problems), which=st.integers(0, 10**6))
-@settings(max_examples=300, deadline=None)
-def test_no_choice_within_the_loss_costs_less(problem, which):
-    every = choices(problem)
-    largest = every[which % len(every)][1]  # just met, to the last digit
-    found = allocate_within_loss(problem, largest)
-    assert found.loss <= largest
-    assert found.cost == min(cost for cost, loss, _ in every if loss <= largest)
-    assert found.loss == pytest.approx(min(loss for cost, loss, _ in every if cost <= found.cost), rel=1e-12, abs=0)
-    assert found.bound <= found.loss
-
-
 @given(problem=st.one_of(small_problems, wide_problems))
 @settings(max_examples=50, deadline=None)
 def test_more_budget_never_loses_more(problem):
@@ -154,7 +142,6 @@ def test_costs_linear_in_the_rank_give_one_threshold_on_all_singular_values():
         found = allocate(curves, budget)
         assert (found.chosen, found.cost) == (ranks, budget)
         assert found.bound == pytest.approx(found.loss)
-        assert allocate_within_loss(curves, found.loss).chosen == ranks
 
 
 @pytest.mark.parametrize("kind", ["free", "rank"])
@@ -167,8 +154,6 @@ def test_a_large_model_takes_no_time(kind):
     assert found.cost <= budget
     assert found.loss - found.bound < 1e-4 * found.loss
     assert allocate(curves, budget) == found
-    back = allocate_within_loss(curves, found.loss)
-    assert (back.cost, back.loss) <= (found.cost, found.loss)
 
 
 def test_what_does_not_fit_gives_nothing():
@@ -178,14 +163,11 @@ def test_what_does_not_fit_gives_nothing():
     assert allocate(curves, -(10**30)) is None
     assert allocate(curves, 7).chosen == (1, 0)
     assert allocate(curves, 10**30).chosen == (0, 0)
-    assert allocate_within_loss(curves, 1.9) is None
-    assert allocate_within_loss(curves, 2.0).chosen == (0, 0)
-    assert allocate_within_loss(curves, math.inf).chosen == (1, 0)
 
 
 def test_layers_without_a_choice_and_no_layers():
     curves = [[Point(3, 0.5)], [Point(2, 0.25)]]
-    assert allocate(curves, 5).loss == allocate_within_loss(curves, 0.75).bound == 0.75
+    assert allocate(curves, 5).loss == allocate(curves, 5).bound == 0.75
     assert allocate(curves, 4) is None
     assert allocate([], 0).chosen == ()
     assert allocate([], -1) is None
@@ -199,8 +181,6 @@ def test_losses_far_apart_and_below_zero_are_told_apart():
     ]
     assert allocate(curves, 2 * 10**12).chosen == (1, 1, 1)
     assert allocate(curves, 10).chosen == (0, 1, 0)
-    assert allocate_within_loss(curves, -0.5).chosen == (1, 0, 0)
-    assert allocate_within_loss(curves, -1.0) is None
 
 
 def test_what_cannot_be_added_or_compared_is_refused():
@@ -208,5 +188,3 @@ def test_what_cannot_be_added_or_compared_is_refused():
         allocate([[Point(1 << 52, 0.0)]] * 2, 5)
     with pytest.raises(ValueError, match="finite"):
         allocate([[Point(1, math.inf)]], 5)
-    with pytest.raises(ValueError, match="not a number"):
-        allocate_within_loss([[Point(1, 1.0)]], math.nan)

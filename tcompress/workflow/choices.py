@@ -1,0 +1,116 @@
+"""What each layer of a checkpoint could become: found once, whatever the budget it is then chosen for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from tcompress.checkpoint.layers import Layer, find_layers
+from tcompress.checkpoint.manifest import is_compressed
+from tcompress.checkpoint.reader import Checkpoint
+from tcompress.checkpoint.statistics_file import Statistics
+from tcompress.errors import UsageError
+from tcompress.formats import Format
+from tcompress.workflow.checking import require_working_memory
+from tcompress.workflow.curves import curve_of, default_formats, default_types
+from tcompress.workflow.knowledge import Knowledge, known_of
+from tcompress.workflow.multiplications import multiplications
+from tcompress.workflow.progress import Progress, silent, steps
+from tcompress.workflow.prospects import of_amount
+from tcompress.workflow.rank_multiples import check_multiple
+from tcompress.workflow.reconstruction import Reconstruction
+from tcompress.workflow.repairs import may_change, naming_bytes
+from tcompress.workflow.settings import Settings
+from tcompress.workflow.survey import facts_of
+from tcompress.workflow.trial import Candidate
+
+_LITTLE = 0.035  # of a layer's elements
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Layers, of each the candidates to choose from, and what is known of it.
+
+    naming_bytes: what the names of repaired tensors may add to the file. seconds: that finding all this took.
+    """
+
+    checkpoint: Checkpoint
+    layers: Sequence[Layer]
+    curves: Sequence[Sequence[Candidate]]
+    known: Knowledge
+    device: torch.device
+    naming_bytes: int
+    seconds: float
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all layers as the checkpoint has them."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+
+def choices_of(
+    checkpoint: Checkpoint,
+    *,
+    layers: Sequence[Layer] | None = None,
+    formats: Sequence[type[Format]] = (),
+    settings: Settings | None = None,
+    rank_multiple: int = 1,
+    reconstruction: Reconstruction | None = None,
+    statistics: Statistics | None = None,
+    for_flops: bool = False,
+    progress: Progress = silent,
+) -> Choices:
+    """Return what each layer could become. Arguments and errors are those of ``make_plan``.
+
+    for_flops: to choose from by multiplications, not bytes: formats do not stand in each other's way, and factors are
+    stored in the layer's own type unless ``settings`` say another.
+    """
+    started = time.perf_counter()
+    settings = settings or Settings()
+    check_multiple(rank_multiple)
+    if is_compressed(checkpoint):
+        raise UsageError("is compressed already; decompress it first", path=checkpoint.path)
+    chosen = list(find_layers(checkpoint) if layers is None else layers)
+    if not chosen:
+        raise UsageError("has no layer that could be compressed", path=checkpoint.path)
+    require_working_memory(checkpoint, chosen)
+    known = known_of(checkpoint, chosen, reconstruction, statistics, progress)
+    find = partial(_curve, checkpoint, known, formats or default_formats(), settings, rank_multiple, for_flops)
+    curves = [find(layer) for layer in steps("planning", chosen, progress)]
+    named = naming_bytes(may_change(checkpoint, reconstruction))
+    return Choices(checkpoint, chosen, curves, known, settings.device, named, time.perf_counter() - started)
+
+
+def _curve(
+    checkpoint: Checkpoint,
+    known: Knowledge,
+    formats: Sequence[type[Format]],
+    settings: Settings,
+    rank_multiple: int,
+    for_flops: bool,
+    layer: Layer,
+) -> list[Candidate]:
+    weight = checkpoint.read(layer.name)
+    dense = Candidate(None, None, layer.dense_bytes, 0, 0.0)
+    clash = any(name.startswith(layer.name + ".") for name in checkpoint)
+    if clash or facts_of(weight).nonfinite:
+        return [dense]
+    types = default_types(layer) if settings.store is None else [settings.store]
+    curve = partial(
+        curve_of, layer, weight, gram=known.gram_of(layer), device=settings.device, rank_multiple=rank_multiple
+    )
+    if not for_flops:
+        return curve(formats, types)
+    kinds = [kind for kind in formats if _may_save(kind, layer, known)]
+    return [dense, *(each for kind in kinds for each in curve([kind], types[-1:])[1:])]
+
+
+def _may_save(kind: type[Format], layer: Layer, known: Knowledge) -> bool:
+    """Tell whether a poor setting of the format multiplies less than the dense layer."""
+    setting = of_amount(kind, layer, _LITTLE)
+    calls = known.calls_of(layer)
+    return setting is None or multiplications(layer, setting, calls) < multiplications(layer, None, calls)
