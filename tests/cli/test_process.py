@@ -44,7 +44,7 @@ def test_the_version_is_printed():
 @pytest.fixture
 def slow_model(tmp_path: Path) -> Path:
     """Layers enough that a run is still busy when the signal comes."""
-    tensors = {f"layers.{n}.weight": torch.randn(1200, 1200) for n in range(30)}
+    tensors = {f"layers.{n}.weight": torch.randn(1200, 1200) for n in range(12)}
     save_file(tensors, tmp_path / "slow.safetensors")
     return tmp_path / "slow.safetensors"
 

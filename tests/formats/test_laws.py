@@ -197,7 +197,7 @@ def searches():
                 )
 
 
-@pytest.mark.parametrize(("format_type", "shape", "relative_error"), searches())
+@pytest.mark.parametrize(("format_type", "shape", "relative_error"), list(searches()))
 def test_reaching_is_the_smallest_setting_within_the_error(format_type, shape, relative_error):
     weight = weight_of(shape)
     setting = format_type.reaching(weight, relative_error)

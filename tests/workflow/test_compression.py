@@ -157,8 +157,15 @@ def test_keep_is_a_fraction_of_the_bytes(model_file, tmp_path):
             assert 0.28 * row.layer.dense_bytes < row.stored_bytes <= 0.3 * row.layer.dense_bytes
 
 
-@pytest.mark.parametrize("store", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("format_type", FORMATS.values(), ids=FORMATS.keys())
+def stored():
+    """Yield every format, as it is and in half the bits; CP once, whose search takes many seconds."""
+    for store in (None, torch.bfloat16):
+        for name, format_type in FORMATS.items():
+            marks = [pytest.mark.slow] if name == "cp" and store else []
+            yield pytest.param(format_type, store, marks=marks, id=f"{name}-{store}")
+
+
+@pytest.mark.parametrize(("format_type", "store"), list(stored()))
 def test_a_tolerance_holds_for_the_stored_error(model_file, tmp_path, format_type, store):
     choice = Target(format_type, tolerance=0.08)
     result = run(model_file, tmp_path / "out.safetensors", choice, settings=Settings(store=store))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tcompress.checkpoint.opening import open_checkpoint
@@ -18,7 +16,18 @@ MODELS = ROOT.parent / "shared" / "data" / "models"
 PUBLISHED = sorted([*MODELS.glob("*.safetensors"), *MODELS.glob("*.th")])
 
 pytestmark = pytest.mark.skipif(not PUBLISHED, reason="the published models are not here")
-every_model = pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: Path(path).name)
+BY_SIZE = sorted(PUBLISHED, key=lambda path: path.stat().st_size)
+# Their fits go on for seconds a layer: by default on the smallest models alone.
+SEARCHED = {"cp", "joint", "reshaped-sum", "sparse-product"}
+
+
+def everywhere(formats, smallest):
+    """Yield every model with every format; -m slow has the searched ones of all but the smallest models."""
+    for path in PUBLISHED:
+        for kind in formats:
+            is_slow = kind.name in SEARCHED and path not in BY_SIZE[:smallest]
+            marks = [pytest.mark.slow] if is_slow else []
+            yield pytest.param(path, kind, marks=marks, id=f"{path.name}-{kind.name}")
 
 
 def there_and_back(path, choice, tmp_path):
@@ -37,8 +46,7 @@ def there_and_back(path, choice, tmp_path):
     return result
 
 
-@pytest.mark.parametrize("format_type", FORMATS.values(), ids=FORMATS.keys())
-@every_model
+@pytest.mark.parametrize(("path", "format_type"), list(everywhere(FORMATS.values(), smallest=1)))
 def test_half_of_the_bytes_there_and_back(path, format_type, tmp_path):
     result = there_and_back(path, Target(format_type, keep=0.5), tmp_path)
     if format_type.name != "joint":  # groups that are better apart stay dense
@@ -47,7 +55,8 @@ def test_half_of_the_bytes_there_and_back(path, format_type, tmp_path):
         assert result.compression_ratio < 2.2
 
 
-@pytest.mark.parametrize("format_type", [f for f in FORMATS.values() if f.rank_option], ids=lambda f: f.name)
-@every_model
+@pytest.mark.parametrize(
+    ("path", "format_type"), list(everywhere([f for f in FORMATS.values() if f.rank_option], smallest=2))
+)
 def test_rank_eight_there_and_back(path, format_type, tmp_path):
     there_and_back(path, make(format_type, {format_type.rank_option: 8}), tmp_path)
