@@ -136,7 +136,6 @@ def compress(
     """
     from tcompress.cli.choices import planned_formats, reconstruction_of, task_of
     from tcompress.cli.console import show
-    from tcompress.cli.names import default_output
     from tcompress.cli.opened import opened
     from tcompress.report.documents import compression_document
     from tcompress.report.tables import compression_view
@@ -157,9 +156,8 @@ def compress(
         seed=seed,
         rank_rule=rank_rule,
     )
-    budget = _budget(asked, keep, byte_limit, flops)
-    if asked is not None and (formats is not None or rank_multiple != 1):
-        raise UsageError("--formats and --rank-multiple are for a plan to be made; leave them out beside another")
+    budget = _budget(keep, byte_limit, flops) if asked is None else {}
+    _refuse_beside(asked, formats=formats is not None, flops=flops is not None, rank_multiple=rank_multiple != 1)
     settings, kinds = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite), planned_formats(formats)
     _check_paths(report, save_plan)
     with opened(model, key=key, threads=threads, max_memory=max_memory) as (checkpoint, progress):
@@ -178,10 +176,8 @@ def compress(
                 progress=progress,
             ).plan
         )
-        carry_out: Callable[..., CompressionResult] = compression.dry_run
-        if not dry_run:
-            carry_out = partial(compression.compress, out=out or default_output(model, "tcompress"), force=force)
-        result = carry_out(
+        run = compression.dry_run if dry_run else _writing(out, model, force=force)
+        result = run(
             checkpoint,
             plan,
             settings=settings,
@@ -197,18 +193,30 @@ def compress(
         raise LimitError("; ".join(exceeded), path=checkpoint.path)
 
 
-def _budget(asked: Plan | None, keep: float | None, max_bytes: int | None, flops: float | None) -> dict[str, Any]:
+def _budget(keep: float | None, max_bytes: int | None, flops: float | None) -> dict[str, Any]:
     """Return what a plan is to be made for: --max-bytes beside another budget is a limit of the output alone."""
-    if asked is not None and flops is not None:
-        raise UsageError("--flops is what a plan is made for; leave it out beside --format or --plan")
-    other = {"keep": keep, "flops": flops}
-    alone = all(amount is None for amount in other.values())
-    if asked is None and alone and max_bytes is None:
+    if keep is not None or flops is not None:
+        return {"keep": keep, "flops": flops}
+    if max_bytes is None:
         raise UsageError(
             "give --format or --plan, or --keep, --flops or --max-bytes alone, for which a plan is made; "
             "`tcompress formats` lists the formats"
         )
-    return {**other, "max_bytes": max_bytes if alone else None}
+    return {"max_bytes": max_bytes}
+
+
+def _refuse_beside(asked: Plan | None, **given: bool) -> None:
+    """Raise UsageError for what is said of a plan to be made where one is asked for."""
+    said = [f"--{name.replace('_', '-')}" for name, is_given in given.items() if is_given]
+    if asked is not None and said:
+        raise UsageError(f"{' and '.join(said)} say how a plan is made; leave that out beside --format or --plan")
+
+
+def _writing(out: Path | None, model: Path, *, force: bool) -> Callable[..., CompressionResult]:
+    from tcompress.cli.names import default_output
+    from tcompress.workflow import compression
+
+    return partial(compression.compress, out=out or default_output(model, "tcompress"), force=force)
 
 
 def _check_paths(report: Path | None, save_plan: Path | None) -> None:
