@@ -57,8 +57,8 @@ def test_json_is_one_document_with_stable_keys(tcompress, model_file):
     answer = tcompress("compress", model_file, "--format", "svd", "--rank", "3", "-o", "s.safetensors", "--json")
     document = json.loads(answer.out)
     assert list(document) == [
-        "schema", "command", "tool", "dry_run", "source", "output", "plan", "layers", "totals", "limits_exceeded",
-        "other_values", "notes", "seconds", "peak_memory_bytes",
+        "schema", "command", "tool", "dry_run", "source", "output", "plan", "layers", "totals", "repairs",
+        "limits_exceeded", "other_values", "notes", "seconds", "peak_memory_bytes",
     ]  # fmt: skip
     assert document["schema"] == 1
     assert list(document["layers"][0]) == [
@@ -142,7 +142,7 @@ USAGE = {
     "budget twice": (["--format", "svd:rank=2", "--keep", "0.5"], "says its rank already; leave out --keep"),
     "no rank": (["--format", "sparse", "--rank", "2"], "sparse has no rank; use --keep, --tolerance or"),
     "no format": (["--rank", "2"], "--rank, --tolerance and --global go with --format"),
-    "nothing asked": ([], "give --format or --plan, or --keep or --max-bytes alone"),
+    "nothing asked": ([], "give --format or --plan, or --keep, --flops or --max-bytes alone"),
     "unknown format": (["--format", "magic", "--rank", "2"], "there is no format 'magic'; there are: svd, tt, "),
     "unknown option": (["--format", "svd:rang=2"], "svd: has no option rang; it has rank, seed"),
     "no such layer": (["--format", "svd", "--rank", "2", "--include", "x*"], "no layer matches x*; there are"),
