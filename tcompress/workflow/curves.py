@@ -27,7 +27,7 @@ from tcompress.workflow.rank_multiples import rounded
 from tcompress.workflow.trial import Candidate, Trial
 
 _AMOUNTS = (0.55, 0.25, 0.1, 0.035)  # of a layer's elements that factors may have
-_SLACK = (0.95, 2.0)  # times the loss that others reach; the second where inputs say what the weight alone does not
+_SLACK = (0.95, 1.2)  # times the loss that others reach; the second where outlooks see the sizes of inputs alone
 _BETWEEN = 4  # settings interpolated between two that were fitted
 
 

@@ -64,7 +64,7 @@ class Trial:
         self.outlooks: dict[type[Format], Outlook | None] = {}
         for kind in () if self.is_zero else formats:
             with suppress(FormatError):  # it cannot be applied to this layer
-                self.outlooks[kind] = kind.outlook(weight)
+                self.outlooks[kind] = kind.outlook(self._by_inputs(weight))
         self._fits: dict[Format, _Fit] = {}
         self._added: dict[tuple[type[Format], torch.dtype], list[float]] = {}
 
@@ -110,6 +110,13 @@ class Trial:
         values = {name: factor.values for name, factor in coded.items()}
         rebuilt = rebuild(setting, shape, values, dtype=self._weight.dtype, device=self._device)
         return self._relative(setting, rebuilt.to(self._device)) - fit.measured
+
+    def _by_inputs(self, weight: Tensor) -> Tensor:
+        """Return the weight with each column at the size of its input: all of a moment that outlooks can see."""
+        if self._gram is None:
+            return weight
+        diagonal = self._gram if self._gram.ndim == 1 else self._gram.diagonal()
+        return (weight.reshape(len(weight), -1) * diagonal.sqrt()).reshape(weight.shape)
 
     def _looked_at(self, setting: Format) -> Tensor:
         return self._some if setting.by_rows else self._weight
