@@ -46,6 +46,10 @@ class Factorization(nn.Module, ABC):
     def reconstruct(self) -> Tensor:
         """Return the dense weight, of ``self.shape``."""
 
+    def scale_rows(self, scales: Tensor) -> None:
+        """Multiply each row of the weight, in place, by one of ``scales``, (out,): for formats ``by_rows`` alone."""
+        raise NotImplementedError(f"{type(self).__name__} does not keep rows apart")
+
     def forward(self, operation: str, *inputs: Tensor, **geometry: Any) -> Tensor:
         """Run the operation of that name: the one door through which factors can be replaced for a call."""
         result: Tensor = getattr(self, operation)(*inputs, **geometry)
@@ -175,7 +179,7 @@ class Format(ABC):
 
     @property
     def by_rows(self) -> bool:
-        """Whether a setting means the same for the weight and for some of its rows, as a rank does."""
+        """Whether a setting means the same for some of the rows, and for rows of other sizes, as a rank does."""
         return False
 
     def quicker(self) -> Self:

@@ -318,6 +318,11 @@ class LowRankPlusSparse(Factorization):
         # Three matrices of the weight's size are one too many where nothing is to be differentiated.
         return low + sparse if torch.is_grad_enabled() or self._holds(low) else low.add_(sparse)
 
+    def scale_rows(self, scales: Tensor) -> None:
+        for part in (self.low_rank, self.sparse):
+            if part is not None:
+                part.scale_rows(scales)
+
     def prepared(self) -> Factorization:
         if len(self.shape) > 2 or torch.compiler.is_compiling():
             return self

@@ -220,6 +220,9 @@ class SparseMatrix(Factorization):
     def reconstruct(self) -> Tensor:
         return self.matrix.reshape(self.shape)
 
+    def scale_rows(self, scales: Tensor) -> None:
+        self.matrix.data = self.matrix.data * scales[:, None]
+
     def prepared(self) -> Factorization:
         return CompressedRows(self.matrix.detach()) if len(self.shape) == 2 and can_run(self.matrix) else self
 

@@ -174,6 +174,9 @@ class LowRankMatrix(StagedFactorization):
     def reconstruct(self) -> Tensor:
         return (self.left @ self.right).reshape(self.shape)
 
+    def scale_rows(self, scales: Tensor) -> None:
+        self.left.data = self.left.data * scales[:, None]
+
     def stage_ranks(self) -> tuple[int, int | None]:
         return self.left.shape[1], None
 

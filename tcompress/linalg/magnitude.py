@@ -106,8 +106,8 @@ def _bounds(flat: Tensor, count: int, minus: Tensor | None) -> tuple[float, floa
     magnitude = sample.abs_().cpu().numpy()
     expected, room = count / flat.numel() * size, 4 * math.sqrt(size) / 2
     first, last = math.floor(expected - room), math.ceil(expected + room)  # from the largest down
-    places = [size - 1 - place for place in (first, last) if 0 <= place < size]
-    magnitude.partition(places)
+    pivots = [size - 1 - place for place in (first, last) if 0 <= place < size]
+    magnitude.partition(pivots)
     high = math.inf if first < 0 else float(magnitude[size - 1 - first])
     low = 0.0 if last >= size else float(magnitude[size - 1 - last])
     return low, high

@@ -147,7 +147,7 @@ def _within_error(choices: Choices, max_error: float) -> tuple[list[Candidate], 
             choices.checkpoint.read(layer.name),
             curve,
             max_error,
-            gram=choices.known.gram_of(layer),
+            metric=choices.known.metric_of(layer),
             device=choices.device,
         )
         for layer, curve in zip(choices.layers, choices.curves, strict=True)
@@ -205,7 +205,7 @@ def _why(layer: Layer, chosen: Candidate, known: Knowledge) -> str:
     if chosen.format is None:
         return "dense: what it costs is worth more here than elsewhere, or nothing is smaller"
     assert chosen.store is not None  # noqa: S101
-    of_what = "weight" if known.gram_of(layer) is None else "output"
+    of_what = "weight" if known.metric_of(layer).is_plain else "output"
     part = chosen.stored_bytes / layer.dense_bytes
     return (
         f"{chosen.format.name} in {TYPE_NAMES[chosen.store]} at {part:.1%} of its bytes; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,19 +11,17 @@ from torch import Tensor
 
 from tcompress.errors import FormatError, NumericalError
 from tcompress.formats import Format
-from tcompress.formats.base import matrix_of
-from tcompress.linalg.output_error import output_error
+from tcompress.formats.metric import PLAIN, Metric
 from tcompress.workflow.fitting import fit, rebuild
 from tcompress.workflow.trial import Candidate
 
 
 def cheapest_within(
-    weight: Tensor, curve: Sequence[Candidate], max_error: float, *, gram: Tensor | None = None, device: torch.device
+    weight: Tensor, curve: Sequence[Candidate], max_error: float, *, metric: Metric = PLAIN, device: torch.device
 ) -> Candidate:
     """Return the candidate of the fewest bytes whose error, as it is stored, is at most ``max_error``.
 
-    gram: second moment of the layer's input, by which errors are those of its output. The dense layer is the last
-    resort.
+    metric: which errors count. The dense layer is the last resort.
     """
     for each in sorted(curve, key=lambda candidate: (candidate.stored_bytes, candidate.loss)):
         if each.format is None or each.store is None:
@@ -30,7 +29,7 @@ def cheapest_within(
         if each.loss > max_error**2:
             continue
         try:
-            error, stored_bytes = _fitted(weight, each.format, each.store, gram, device)
+            error, stored_bytes = _fitted(weight, each.format, each.store, metric, device)
         except (FormatError, NumericalError):
             continue
         if error <= max_error:
@@ -39,14 +38,14 @@ def cheapest_within(
 
 
 def _fitted(
-    weight: Tensor, setting: Format, store: torch.dtype, gram: Tensor | None, device: torch.device
+    weight: Tensor, setting: Format, store: torch.dtype, metric: Metric, device: torch.device
 ) -> tuple[float, int]:
     """Return error and bytes of a weight as it is stored."""
-    found = fit(weight, setting, store=store, device=device, gram=gram)
-    if gram is None:
+    found = fit(weight, setting, store=store, device=device, metric=metric)
+    if metric.is_plain:
         return found.relative_error, found.stored_bytes
     rebuilt = rebuild(setting, found.shape, found.factors, dtype=weight.dtype, device=device)
-    matrix, moment = matrix_of(weight).double(), gram.cpu().double()
-    whole = output_error(matrix, moment)
-    lost = output_error(matrix - matrix_of(rebuilt).double(), moment)
-    return (lost / whole if whole else 0.0), found.stored_bytes
+    wide = weight.double()
+    exact = metric.like(wide)
+    whole = exact.square(wide)
+    return math.sqrt(exact.square(wide - rebuilt.double()) / whole) if whole else 0.0, found.stored_bytes

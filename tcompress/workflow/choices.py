@@ -101,7 +101,7 @@ def _curve(
         return [dense]
     types = default_types(layer) if settings.store is None else [settings.store]
     curve = partial(
-        curve_of, layer, weight, gram=known.gram_of(layer), device=settings.device, rank_multiple=rank_multiple
+        curve_of, layer, weight, metric=known.metric_of(layer), device=settings.device, rank_multiple=rank_multiple
     )
     if not for_flops:
         return curve(formats, types)

@@ -18,6 +18,7 @@ from tcompress.checkpoint.layers import Layer
 from tcompress.encodings import INT4
 from tcompress.formats import FORMATS, Format
 from tcompress.formats.grouped import GroupFormat
+from tcompress.formats.metric import PLAIN, Metric
 from tcompress.formats.sparse import Sparse
 from tcompress.workflow.allocation import Point, hull
 from tcompress.workflow.fitting import working_copy
@@ -50,27 +51,25 @@ def curve_of(
     formats: Sequence[type[Format]],
     types: Sequence[torch.dtype],
     *,
-    gram: Tensor | None = None,
+    metric: Metric = PLAIN,
     device: torch.device,
     rank_multiple: int = 1,
 ) -> list[Candidate]:
-    """Return the candidates of a layer, dense first. gram: second moment of its input, None where it is not known.
+    """Return the candidates of a layer, dense first. metric: which of its errors count.
 
     rank_multiple: of which all ranks are, as ``rounded`` has it. A setting that cannot be fitted or stored, or saves
     nothing, is none.
     """
     working = working_copy(weight, device)
-    trial = Trial(layer, working, gram, formats, device)
+    trial = Trial(layer, working, metric, formats, device)
     dense = Candidate(None, None, layer.dense_bytes, 0, 0.0)
     if trial.is_zero:
         return [dense, *trial.stored(Sparse(density=0.0), types)]
-    prospects = Prospects(layer, trial.outlooks, types, _SLACK[gram is not None])
+    prospects = Prospects(layer, trial.outlooks, types, _SLACK[not metric.is_plain])
     found = [dense, *(trial.stored(Sparse(density=1.0), types) if Sparse in formats else ())]
     fitted = {
         kind: [
-            each
-            for setting in prospects.worth(kind, _AMOUNTS, rank_multiple)
-            for each in trial.stored(setting, types)
+            each for setting in prospects.worth(kind, _AMOUNTS, rank_multiple) for each in trial.stored(setting, types)
         ]
         for kind in formats
     }

@@ -15,6 +15,7 @@ from tcompress.encodings import Coding, FactorSpec, cheapest, measured, value_ty
 from tcompress.errors import NumericalError
 from tcompress.formats import Format
 from tcompress.formats.grouped import GroupFormat
+from tcompress.formats.metric import PLAIN, Metric
 from tcompress.linalg.distance import compare
 
 _FEWEST_GROUPED = 1024  # values: fewer may have a pattern n:m by chance, which no plan can foresee
@@ -77,16 +78,16 @@ def fit(
     store: torch.dtype,
     device: torch.device,
     target: Tensor | None = None,
-    gram: Tensor | None = None,
+    metric: Metric = PLAIN,
 ) -> Fitted:
     """Fit one format to a weight (any floating type, CPU) and store its factors as ``store``.
 
-    target: what is to be approximated in the weight's place, in the metric ``gram`` of the layer's input; the error
-    told is that of the weight all the same. Raises NumericalError when a factor is not finite in the stored type.
+    target: what is to be approximated in the weight's place, and ``metric`` says which errors count; the error told is
+    that of the weight all the same. Raises NumericalError when a factor is not finite in the stored type.
     """
     started = time.perf_counter()
     aim = working_copy(weight if target is None else target, device)
-    found = setting.fit(aim) if gram is None else setting.fit(aim, gram.to(aim))
+    found = metric.like(aim).fit(setting, aim)
     stored = stored_factors(found.state_dict(), setting, tuple(weight.shape), store)
     return _measured(weight, setting, stored, device, started)
 

@@ -1,4 +1,4 @@
-"""What a layer's error is worth: its inputs in the dense model, and how far the model's output moves when it is wrong.
+"""What a layer's error is worth: how far the model's output moves when the layer is wrong.
 
 Letters: W (out, n) = the weight as its matrix; G (n, n) = the second moment of its input; D = the squared distance of
 the model's outputs from the dense model's over their squared size; r = the squared relative error of the layer's
@@ -13,23 +13,22 @@ a layer is the geometric mean of D / r and of its number of values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tcompress.checkpoint.layers import Layer, LayerKind
+from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.reader import Checkpoint
-from tcompress.errors import NumericalError
+from tcompress.formats.metric import PLAIN, Metric
 from tcompress.formats.sparse import Sparse
 from tcompress.workflow.fitting import working_copy
 from tcompress.workflow.progress import Progress, silent, steps
-from tcompress.workflow.tracing import Traced, Use, rows_of
+from tcompress.workflow.tracing import Traced
 
 _PRUNED_TO = 0.15  # of the values: an error of the size that compression makes
 _ENOUGH = 256  # samples that the model is run on for each layer
-_LARGEST = 1 << 12  # inputs of a layer above which only the diagonal of G is kept
 
 
 def values_alone(layer: Layer) -> float:
@@ -37,52 +36,18 @@ def values_alone(layer: Layer) -> float:
     return math.sqrt(layer.values)
 
 
-def input_moments(traced: Traced, batches: Sequence[Any], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return G of every traced layer that has a vector as input, in float64; its diagonal for very wide ones.
-
-    A weight that is used several times has the mean of them. Raises NumericalError for inputs that are not finite.
-    """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def watch(use: Use) -> Callable[..., None]:
-        def keep(_: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            rows = rows_of(use.module, (arguments or tuple(named.values()))[0].detach())
-            wide = rows.shape[1] > _LARGEST
-            found = rows.square().sum(dim=0, dtype=torch.float64) if wide else (rows.T @ rows).double()
-            name = use.layer.name
-            sums[name] = sums[name].add_(found) if name in sums else found
-            counts[name] = counts.get(name, 0) + len(rows)
-
-        return keep
-
-    watched = [use for use in traced.uses if not isinstance(use.module, nn.Embedding)]
-    handles = [use.module.register_forward_pre_hook(watch(use), with_kwargs=True) for use in watched]
-    try:
-        for batch in batches:
-            traced.run(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, found in sums.items():
-        if not bool(torch.isfinite(found).all()):
-            problem = "its inputs are not finite on the calibration batches"
-            raise NumericalError(problem, path=checkpoint.path, tensor=name)
-    return {name: found / counts[name] for name, found in sums.items()}
-
-
 def importances(
     traced: Traced,
     batches: Sequence[Any],
     layers: Sequence[Layer],
     checkpoint: Checkpoint,
-    moments: Mapping[str, Tensor],
+    metrics: Mapping[str, Metric],
     *,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """Return the importance of every layer; of one that the model does not use, that of its size alone.
 
-    The model has its own weights again when this is done.
+    metrics: which errors of a layer count, where that is known. The model has its own weights again when this is done.
     """
     few = _first(batches)
     before = [list(_outputs(traced.run(batch))) for batch in few]
@@ -90,10 +55,9 @@ def importances(
     for layer in steps("weighing", layers, progress):
         uses = [use for use in traced.uses if use.layer.name == layer.name]
         weight = working_copy(checkpoint.read(layer.name), traced.device)
-        gram = None if layer.kind is LayerKind.EMBEDDING else moments.get(layer.name)
-        gram = None if gram is None else gram.to(weight)
-        damaged = Sparse(density=_PRUNED_TO).fit(weight, gram).reconstruct().detach()
-        r = _squared(weight - damaged, gram) / (_squared(weight, gram) or 1.0)
+        metric = metrics.get(layer.name, PLAIN).like(weight)
+        damaged = metric.fit(Sparse(density=_PRUNED_TO), weight).reconstruct().detach()
+        r = metric.square(weight - damaged) / (metric.square(weight) or 1.0)
         if not uses or r == 0:
             found[layer.name] = values_alone(layer)
             continue
@@ -106,12 +70,6 @@ def importances(
             held[0].copy_(kept)
         found[layer.name] = math.sqrt(layer.values * distance / r)
     return found
-
-
-def _squared(error: Tensor, gram: Tensor | None) -> float:
-    matrix = error.reshape(len(error), -1)
-    moved = matrix if gram is None else matrix * gram if gram.ndim == 1 else matrix @ gram
-    return max(0.0, float((moved * matrix).sum(dtype=torch.float64)))
 
 
 def _first(batches: Sequence[Any]) -> list[Any]:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from tcompress.checkpoint.layers import Layer, LayerKind
+from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.statistics_file import LayerStatistics, Statistics
+from tcompress.formats.metric import PLAIN, Metric
 from tcompress.workflow.calibration import require_source
-from tcompress.workflow.importance import importances, input_moments, values_alone
+from tcompress.workflow.importance import importances, values_alone
+from tcompress.workflow.moments import metric_of_counts, metrics_of
 from tcompress.workflow.multiplications import Call, calls_of
 from tcompress.workflow.progress import Progress
 from tcompress.workflow.reconstruction import Reconstruction
@@ -20,19 +20,19 @@ from tcompress.workflow.reconstruction import Reconstruction
 
 @dataclass(frozen=True)
 class Knowledge:
-    """importance: what a layer's error counts. moments: of the inputs; calls: on a batch; where there are any known."""
+    """importance: what a layer's error counts. metrics: which errors do; calls: on a batch; where they are known."""
 
     importance: Mapping[str, float]
-    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
     calls: Mapping[str, Sequence[Call]] = field(default_factory=dict)
 
     def calls_of(self, layer: Layer) -> Sequence[Call]:
         """Return the calls of a layer; one with one position where nothing is known of them."""
         return self.calls.get(layer.name, (Call(),))
 
-    def gram_of(self, layer: Layer) -> Tensor | None:
-        """Return the second moment of a layer's input, as ``Format.fit`` has it."""
-        return None if layer.kind is LayerKind.EMBEDDING else self.moments.get(layer.name)
+    def metric_of(self, layer: Layer) -> Metric:
+        """Return which errors of a layer count."""
+        return self.metrics.get(layer.name, PLAIN)
 
 
 def known_of(
@@ -45,9 +45,9 @@ def known_of(
     """Return what a model with its inputs says, or else the statistics of one, or else the layers' sizes alone."""
     if reconstruction is not None:
         traced, batches = reconstruction.dense, reconstruction.batches
-        moments = input_moments(traced, batches, checkpoint)
-        weights = importances(traced, batches, layers, checkpoint, moments, progress=progress)
-        return Knowledge(weights, moments, calls_of(traced, batches[0]))
+        metrics = metrics_of(traced, batches, checkpoint)
+        weights = importances(traced, batches, layers, checkpoint, metrics, progress=progress)
+        return Knowledge(weights, metrics, calls_of(traced, batches[0]))
     if statistics is not None:
         return _from(checkpoint, layers, statistics)
     return Knowledge({layer.name: values_alone(layer) for layer in layers})
@@ -57,16 +57,16 @@ def _from(checkpoint: Checkpoint, layers: Sequence[Layer], statistics: Statistic
     """Take moments and sensitivities; of a layer without them, the importance is that of its size alone."""
     require_source(statistics, checkpoint)
     weights = {layer.name: values_alone(layer) for layer in layers}
-    vectors = {
-        layer: found
-        for layer in layers
-        if (found := statistics.layers.get(layer.name)) is not None and not found.counts
-    }
-    for layer, found in vectors.items():
-        weights[layer.name] = math.sqrt(layer.values * _change(checkpoint, layer, found)) or values_alone(layer)
-    moments = {layer.name: found.moment for layer, found in vectors.items()}
-    calls = {layer.name: [Call(max(1, round(found.positions_per_sample)))] for layer, found in vectors.items()}
-    return Knowledge(weights, moments, calls)
+    metrics, calls = {}, {}
+    for layer in layers:
+        found = statistics.layers.get(layer.name)
+        if found is None:
+            continue
+        metrics[layer.name] = metric_of_counts(found.moment) if found.counts else Metric(found.moment)
+        if not found.counts:
+            weights[layer.name] = math.sqrt(layer.values * _change(checkpoint, layer, found)) or values_alone(layer)
+            calls[layer.name] = [Call(max(1, round(found.positions_per_sample)))]
+    return Knowledge(weights, metrics, calls)
 
 
 def _change(checkpoint: Checkpoint, layer: Layer, found: LayerStatistics) -> float:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.statistics_file import LayerStatistics
 from tcompress.errors import NumericalError, OutputError
+from tcompress.formats.metric import Metric
 from tcompress.linalg.second_moment import SecondMoment
 from tcompress.workflow.sensitivity import Sensitivity
-from tcompress.workflow.tracing import Traced, Use, input_matrix
+from tcompress.workflow.tracing import Traced, Use, input_matrix, rows_of
 
+_LARGEST_FULL = 1 << 12  # inputs of a layer above which planning keeps the diagonal of its moment alone
 _PATCH_VALUES = 1 << 25  # of a convolution's input at a time: patches are many times the input
 
 
@@ -39,6 +41,7 @@ class Inputs:
     """What each layer gets as input, summed in float64.
 
     largest_full: n above which the diagonal of a moment is kept alone. spilled: layer -> folder for its moment.
+    all_rows: of every batch, or as many as say what all do (``rows_of``).
     """
 
     def __init__(
@@ -47,8 +50,10 @@ class Inputs:
         checkpoint: Checkpoint,
         largest_full: int,
         spilled: Mapping[str, Path],
+        *,
+        all_rows: bool = True,
     ) -> None:
-        self._uses, self._checkpoint = uses, checkpoint
+        self._uses, self._checkpoint, self._all_rows = uses, checkpoint, all_rows
         self._batch = 0
         self._counts: dict[str, Tensor] = {}
         self._moments: dict[str, SecondMoment] = {}
@@ -62,7 +67,9 @@ class Inputs:
             storage = None if folder is None else _mapped(folder / str(number), (n, n) if full else (n,))
             self._moments[name] = SecondMoment(n, full=full, storage=storage)
 
-    def measure(self, traced: Traced, batches: Sequence[Any], starting: Callable[[int, str], None]) -> None:
+    def measure(
+        self, traced: Traced, batches: Sequence[Any], starting: Callable[[int, str], None] = lambda *_: None
+    ) -> None:
         """Run the model on all batches. starting: is told batch and layer whenever one is called.
 
         Raises NumericalError where a layer's input has NaN or Inf.
@@ -101,8 +108,14 @@ class Inputs:
                 path=self._checkpoint.path,
                 tensor=name,
             )
-        for piece in _pieces(module, x):
-            self._moments[name].add(input_matrix(module, piece))
+        for piece in _pieces(module, x) if self._all_rows else [x]:
+            self._moments[name].add(input_matrix(module, piece) if self._all_rows else rows_of(module, piece))
+
+    def metric(self, name: str) -> Metric:
+        """Return which errors of a layer count; once for each."""
+        if name in self._counts:
+            return metric_of_counts(self._counts[name])
+        return Metric(self._moments[name].finish().second)
 
     def statistics(self, name: str, sensitivity: Sensitivity) -> LayerStatistics:
         """Return what was measured of a layer; once for each."""
@@ -148,3 +161,27 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
     except OSError as error:
         raise OutputError(f"has no room for a moment ({error.strerror}); set TMPDIR", path=path.parent) from error
     return torch.from_numpy(np.memmap(path, dtype=np.float64, mode="r+", shape=shape))
+
+
+def metrics_of(traced: Traced, batches: Sequence[Any], checkpoint: Checkpoint) -> dict[str, Metric]:
+    """Return which errors of each traced layer count, from so many rows of every batch as say what all do.
+
+    Of a weight that is used as an embedding and otherwise as well it is not known. Raises as ``Inputs.measure``.
+    """
+    uses: dict[str, list[Use]] = {}
+    for use in traced.uses:
+        uses.setdefault(use.layer.name, []).append(use)
+    alike = {
+        name: all_ for name, all_ in uses.items() if len({isinstance(use.module, nn.Embedding) for use in all_}) == 1
+    }
+    inputs = Inputs(alike, checkpoint, _LARGEST_FULL, {}, all_rows=False)
+    inputs.measure(traced, batches)
+    return {name: inputs.metric(name) for name in alike}
+
+
+def metric_of_counts(counts: Tensor) -> Metric:
+    """Return which errors of an embedding count, of which the rows were looked up so often: (rows,).
+
+    As if each had been looked up once more than it was: of what is rare nobody knows how rare it is.
+    """
+    return Metric(rows=counts + 1)

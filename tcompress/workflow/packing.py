@@ -84,7 +84,7 @@ def _finished(
     layer, weight = first.layer, checkpoint.read(first.layer.name)
     alone = reconstruction is not None and first.shared is None
     aim = reconstruction.aim(layer, weight) if reconstruction is not None and alone else None
-    towards = {} if aim is None else {"target": aim.target, "gram": aim.gram}
+    towards: dict[str, Any] = {} if aim is None else {"target": aim.target, "metric": aim.metric}
     try:
         if first.shared is not None:
             return _finished_group(checkpoint, first.shared, first.stored_type, settings)

@@ -183,6 +183,17 @@ def rows_of(module: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([_some(input_matrix(module, piece), _ROWS // len(pieces)).float() for piece in pieces])
 
 
+def output_rows_of(module: nn.Module, y: Tensor) -> Tensor:
+    """Return the rows (positions, out) of an output, or of what has its shape, that belong to those of ``rows_of``.
+
+    Of a convolution with one group.
+    """
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return _some(y.reshape(-1, y.shape[-1]), _ROWS).float()
+    pieces = torch.split(y.movedim(1, -1), max(1, -(-len(y) // 8)))
+    return torch.cat([_some(piece.reshape(-1, piece.shape[-1]), _ROWS // len(pieces)).float() for piece in pieces])
+
+
 def _some(rows: Tensor, most: int) -> Tensor:
     if len(rows) <= most:
         return rows

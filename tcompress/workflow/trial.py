@@ -17,6 +17,7 @@ from tcompress.checkpoint.layers import Layer
 from tcompress.encodings import value_type
 from tcompress.errors import FormatError, NumericalError
 from tcompress.formats import Format
+from tcompress.formats.metric import Metric
 from tcompress.formats.outlook import Outlook
 from tcompress.workflow.fitting import rebuild, stored_factors
 from tcompress.workflow.layout import planned_bytes
@@ -43,7 +44,7 @@ class Candidate:
 
 
 class Trial:
-    """One weight, in the precision of the computation, and what is known of its fits. gram: as ``Format.fit`` has it.
+    """One weight, in the precision of the computation, and what is known of its fits. metric: which errors count.
 
     Of a very tall weight some rows are fitted in the place of all, by formats to which that makes no difference.
     """
@@ -52,19 +53,19 @@ class Trial:
         self,
         layer: Layer,
         weight: Tensor,
-        gram: Tensor | None,
+        metric: Metric,
         formats: Sequence[type[Format]],
         device: torch.device,
     ) -> None:
         self.layer, self._weight, self._device = layer, weight, device
-        self._gram = None if gram is None else gram.to(device=device, dtype=weight.dtype)
+        self._metric = metric.like(weight)
         self._is_small = weight.numel() < _FEWEST_VALUES
-        self._some = weight if self._is_small else _some_rows(weight)
-        self._norms = {True: self._square(self._some), False: self._square(weight)}
+        self._some = weight if self._is_small or metric.rows is not None else _some_rows(weight)
+        self._norms = {True: self._metric.square(self._some), False: self._metric.square(weight)}
         self.outlooks: dict[type[Format], Outlook | None] = {}
         for kind in () if self.is_zero else formats:
             with suppress(FormatError):  # it cannot be applied to this layer
-                self.outlooks[kind] = kind.outlook(self._by_inputs(weight))
+                self.outlooks[kind] = kind.outlook(self._metric.seen_in(weight))
         self._fits: dict[Format, _Fit] = {}
         self._added: dict[tuple[type[Format], torch.dtype], list[float]] = {}
 
@@ -97,9 +98,10 @@ class Trial:
         return fit.loss + added[-1] * (1 - fit.loss)
 
     def _fitted(self, setting: Format) -> _Fit:
-        found = (setting if self._is_small else setting.quicker()).fit(self._looked_at(setting), self._gram)
+        patient = setting if self._is_small else setting.quicker()
+        found = self._metric.fit(patient, self._looked_at(setting))
         measured = self._relative(setting, found.reconstruct().detach())
-        outlook = self.outlooks.get(type(setting)) if self._gram is None else None
+        outlook = self.outlooks.get(type(setting)) if self._metric.is_plain else None
         loss = outlook.loss(setting) if outlook is not None and outlook.is_exact else measured
         return _Fit({name: each.detach().cpu() for name, each in found.state_dict().items()}, measured, loss)
 
@@ -111,25 +113,11 @@ class Trial:
         rebuilt = rebuild(setting, shape, values, dtype=self._weight.dtype, device=self._device)
         return self._relative(setting, rebuilt.to(self._device)) - fit.measured
 
-    def _by_inputs(self, weight: Tensor) -> Tensor:
-        """Return the weight with each column at the size of its input: all of a moment that outlooks can see."""
-        if self._gram is None:
-            return weight
-        diagonal = self._gram if self._gram.ndim == 1 else self._gram.diagonal()
-        return (weight.reshape(len(weight), -1) * diagonal.sqrt()).reshape(weight.shape)
-
     def _looked_at(self, setting: Format) -> Tensor:
         return self._some if setting.by_rows else self._weight
 
     def _relative(self, setting: Format, rebuilt: Tensor) -> float:
-        return self._square(self._looked_at(setting) - rebuilt) / (self._norms[setting.by_rows] or 1.0)
-
-    def _square(self, error: Tensor) -> float:
-        matrix = error.reshape(len(error), -1)
-        if self._gram is None:
-            return float(torch.linalg.vector_norm(matrix)) ** 2
-        moved = matrix * self._gram if self._gram.ndim == 1 else matrix @ self._gram
-        return max(0.0, float((moved * matrix).sum(dtype=torch.float64)))
+        return self._metric.square(self._looked_at(setting) - rebuilt) / (self._norms[setting.by_rows] or 1.0)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_the_target_is_the_least_squares_solution_from_the_prefix(source, task):
     damping = 0.01 * gram.diagonal().mean()
     damped = gram + damping * torch.eye(24)
     expected = torch.linalg.solve(damped, (weight.double() @ cross + damping * weight).T).T
-    torch.testing.assert_close(aim.gram.double(), damped, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(aim.metric.gram.double(), damped, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(aim.target.double(), expected, rtol=1e-3, atol=1e-4)
     wanted = float(((x0 @ weight.double().T) - (x @ weight.double().T)).norm() / (x0 @ weight.double().T).norm())
     assert aim.output_error(weight) == pytest.approx(wanted, rel=1e-4)
@@ -139,7 +139,7 @@ def test_inputs_that_are_not_finite_name_the_layer(source, task, tmp_path):
     save_file(tensors, tmp_path / "broken.safetensors")
     with open_checkpoint(tmp_path / "broken.safetensors") as checkpoint:
         both = Reconstruction(checkpoint, task)
-        with pytest.raises(NumericalError, match=r"tensor 2\.weight: its inputs are not finite"):
+        with pytest.raises(NumericalError, match=r"tensor 2\.weight: its inputs? (is|are) not finite"):
             make_plan(checkpoint, keep=0.3, formats=[SVD], reconstruction=both)
 
 

@@ -9,6 +9,7 @@ from tcompress.checkpoint.dtypes import BY_CODE
 from tcompress.checkpoint.layers import Layer, LayerKind
 from tcompress.encodings import INT4
 from tcompress.formats.low_rank_sparse import LowRankSparse
+from tcompress.formats.metric import PLAIN, Metric
 from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
 from tcompress.formats.tucker import Tucker
@@ -26,8 +27,8 @@ def layer(weight: torch.Tensor) -> Layer:
     return Layer("l.weight", LayerKind.LINEAR, tuple(weight.shape), FLOAT32)
 
 
-def trial_of(weight, gram=None):
-    return Trial(layer(weight), weight, gram, default_formats(), CPU)
+def trial_of(weight, metric=PLAIN):
+    return Trial(layer(weight), weight, metric, default_formats(), CPU)
 
 
 @pytest.mark.parametrize("setting", [SVD(6), Sparse(0.4), LowRankSparse(0.2, rank=2)], ids=str)
@@ -59,7 +60,7 @@ def test_what_codes_add_is_told_from_the_settings_before():
 def test_a_moment_decides_what_counts():
     weight = torch.randn(20, 16)
     gram = torch.diag(torch.tensor([100.0, *[1e-3] * 15]))
-    (candidate,) = trial_of(weight, gram).stored(SVD(1), [torch.float32])
+    (candidate,) = trial_of(weight, Metric(gram)).stored(SVD(1), [torch.float32])
     assert candidate.loss < 1e-3
 
 
@@ -72,7 +73,7 @@ def test_a_type_whose_range_a_factor_exceeds_is_no_choice():
 
 def prospects(weight, slack=0.95):
     made = layer(weight)
-    return Prospects(made, Trial(made, weight, None, default_formats(), CPU).outlooks, TYPES, slack)
+    return Prospects(made, Trial(made, weight, PLAIN, default_formats(), CPU).outlooks, TYPES, slack)
 
 
 def test_a_format_that_noise_does_not_suit_is_not_fitted():

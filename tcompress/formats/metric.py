@@ -1,0 +1,75 @@
+"""Which errors of a weight count how much, and the fit that makes those small.
+
+Letters: E = weight - its reconstruction, (out, fan_in); G = second moment of the layer's input, (fan_in, fan_in), or
+its diagonal; c = how much each row counts, (out,): of an embedding, how often it is looked up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tcompress.errors import NumericalError
+from tcompress.formats.base import Factorization, Format, matrix_of
+from tcompress.linalg.output_error import times
+
+
+@dataclass(frozen=True)
+class Metric:
+    """gram: G; rows: c, all above zero. At most one of them; with neither all entries count alike."""
+
+    gram: Tensor | None = None
+    rows: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the error is that of the weight itself."""
+        return self.gram is None and self.rows is None
+
+    def like(self, weight: Tensor) -> Metric:
+        """Return the metric on the weight's device, in its type."""
+        return Metric(*(None if each is None else each.to(weight) for each in (self.gram, self.rows)))
+
+    def square(self, error: Tensor) -> float:
+        """Return tr(E G ET), or tr(ET diag(c) E), summed in float64."""
+        matrix = matrix_of(error)
+        if self.rows is not None:
+            return float((matrix.square().sum(dim=1, dtype=torch.float64) * self.rows.to(matrix.device)).sum())
+        if self.gram is None:
+            return float(torch.linalg.vector_norm(matrix)) ** 2
+        return max(0.0, float((times(matrix, self.gram) * matrix).sum(dtype=torch.float64)))
+
+    def seen_in(self, weight: Tensor) -> Tensor:
+        """Return the weight with its columns at the size of their inputs, or its rows at what they count."""
+        if self.is_plain:
+            return weight
+        if self.rows is not None:
+            return weight * self._sizes(weight)
+        assert self.gram is not None  # noqa: S101
+        diagonal = self.gram if self.gram.ndim == 1 else self.gram.diagonal()
+        return (matrix_of(weight) * diagonal.sqrt()).reshape(weight.shape)
+
+    def fit(self, setting: Format, weight: Tensor) -> Factorization:
+        """Return the fit of which the error in this metric is small. Raises as ``Format.fit``.
+
+        Where rows count differently each is given its size in the sum, and the factors give it its own back. That is
+        exact for formats that keep rows apart, ``by_rows``; others are fitted as if all counted alike.
+        """
+        if self.rows is None or not setting.by_rows:
+            return setting.fit(weight) if self.gram is None else setting.fit(weight, self.gram)
+        if tuple(self.rows.shape) != tuple(weight.shape[:1]) or not bool((self.rows > 0).all()):
+            raise NumericalError(f"what rows count is {len(weight)} positive numbers, got {tuple(self.rows.shape)}")
+        sizes = self._sizes(weight)
+        found = setting.fit(weight * sizes)
+        found.scale_rows(1 / sizes.reshape(-1))
+        return found
+
+    def _sizes(self, weight: Tensor) -> Tensor:
+        """Return the root of c at most 1, to be multiplied with the weight."""
+        assert self.rows is not None  # noqa: S101
+        return (self.rows / self.rows.max()).sqrt().to(weight).reshape(-1, *[1] * (weight.ndim - 1))
+
+
+PLAIN = Metric()
