@@ -28,6 +28,8 @@ from tcompress.linalg.output_error import (
 from tcompress.linalg.svd import scaled_to_unit, times_power_of_two, truncated_svd
 from tcompress.linalg.trimmed import Product, Summand, fit_trimmed, power_step, trimmed_error
 
+FEW_ROUNDS = 5  # of an alternation that is not worth a good start
+
 
 @dataclass(frozen=True)
 class Refitted:
@@ -61,6 +63,10 @@ class Solver(ABC):
     @abstractmethod
     def start(self, matrix: Tensor) -> Any:
         """Return the part that is fitted to the whole matrix."""
+
+    def guess(self, matrix: Tensor) -> Any:
+        """Return a part that is roughly the fitted one, if there is one that takes less time."""
+        return self.start(matrix)
 
     @abstractmethod
     def project(self, target: Tensor, previous: Any) -> Any:
@@ -114,6 +120,12 @@ class MatrixSolver(Solver):
     def start(self, matrix: Tensor) -> Product:
         left, values, right = truncated_svd(matrix, self.setting.rank, seed=self.setting.seed)
         return Product(left, values[:, None] * right)
+
+    def guess(self, matrix: Tensor) -> Product:
+        columns, rank = matrix.shape[1], min(self.setting.rank, *matrix.shape)
+        random = torch.randn(rank, columns, generator=torch.Generator().manual_seed(self.setting.seed)).to(matrix)
+        first = power_step(matrix, Product(matrix, random))
+        return power_step(matrix, first)
 
     def project(self, target: Tensor, previous: Product) -> Product:
         return power_step(target, previous)
@@ -185,6 +197,8 @@ def _times_power(values: Tensor, exponent: int) -> Tensor:
 
 
 def _settled(solver: Solver, matrix: Tensor, count: int, rounds: int) -> Any:
+    if rounds <= FEW_ROUNDS:  # each of them moves the part as far as a better start would
+        return fit_trimmed(matrix, solver.guess(matrix), solver.project, rounds=rounds, count=count)
     part = solver.start(matrix)
     # A few huge entries look like structure of low rank. Where removing them first leaves less, that is the start.
     rest = keep_largest(matrix, count)

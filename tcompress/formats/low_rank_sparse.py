@@ -28,7 +28,7 @@ from tcompress.formats.base import (
 )
 from tcompress.formats.for_output import best_for_output, unit_moment
 from tcompress.formats.inner import parse_inner, sizes_of, text_of
-from tcompress.formats.low_rank_part import alternate, alternate_for_output, fit_around, solver_for
+from tcompress.formats.low_rank_part import FEW_ROUNDS, alternate, alternate_for_output, fit_around, solver_for
 from tcompress.formats.options import make
 from tcompress.formats.sparse import Sparse, SparseMatrix
 from tcompress.formats.svd import SVD
@@ -44,7 +44,6 @@ _USUAL_SHARE = 0.1  # the paper's
 _OF_BUDGET = 4  # the low-rank part takes one part in so many of a budget at most, as in OATS, if no share is given
 _TRIED_SHARES = (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)  # of a budget's bytes, when the share is searched
 _REFINEMENTS = 2  # each half-way between the best share and its neighbours
-_QUICK_ROUNDS = 4  # of a fit that is only to be compared with others
 _FINENESS = 64  # the density is searched to one part in so many of itself
 
 
@@ -262,7 +261,7 @@ class LowRankSparse(Format):
         return self.low_rank == SVD.name
 
     def quicker(self) -> Self:
-        return replace(self, rounds=min(self.rounds, _QUICK_ROUNDS))
+        return replace(self, rounds=min(self.rounds, FEW_ROUNDS))
 
     def richer(self, shape: Shape) -> Self | None:
         values = math.prod(shape)

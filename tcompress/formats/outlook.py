@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tcompress.linalg.svd import left_out
 
-_LARGEST = 256  # rows of an unfolding, or columns if they are fewer, that are decomposed: so many stand for all
+_LARGEST = 192  # rows of an unfolding, or columns if they are fewer, that are decomposed: so many stand for all
 
 
 @dataclass(frozen=True)

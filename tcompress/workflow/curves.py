@@ -68,10 +68,7 @@ def curve_of(
     prospects = Prospects(layer, trial.outlooks, types, _SLACK[not metric.is_plain])
     found = [dense, *(trial.stored(Sparse(density=1.0), types) if Sparse in formats else ())]
     fitted = {
-        kind: [
-            each for setting in prospects.worth(kind, _AMOUNTS, rank_multiple) for each in trial.stored(setting, types)
-        ]
-        for kind in formats
+        kind: list(trial.of_format(list(prospects.worth(kind, _AMOUNTS, rank_multiple)), types)) for kind in formats
     }
     found += [each for candidates in fitted.values() for each in candidates]
     # Only beside the lower hull can a setting in between be worth anything.

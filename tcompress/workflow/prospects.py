@@ -19,6 +19,7 @@ from tcompress.formats.base import Shape
 from tcompress.formats.outlook import Outlook
 from tcompress.workflow.rank_multiples import rounded
 
+_HARDLY = 0.75  # of a layer lost: where so little is left, what others do is known well enough
 _STEPS = 13  # sizes at which it is known what is reached: from all of the weight's elements down, ...
 _STEP = 0.65  # ... each this part of the one before
 
@@ -50,16 +51,14 @@ class Prospects:
                 yield setting
 
     def _is_open(self, kind: type[Format], setting: Format) -> bool:
-        outlook = self._outlooks[kind]
+        outlook, shape = self._outlooks[kind], self._layer.shape
+        reached = {store: _at(self._reached[store], _bytes_of(setting, shape, store)) for store in self._types}
         if outlook is None:
-            return True
+            return not _HARDLY < min(reached.values()) < math.inf
         loss = outlook.loss(setting)
         # What is exact is among what is reached, and must not be behind itself.
         slack = max(self._slack, 1.0) if outlook.is_exact else self._slack
-        return any(
-            loss <= slack * _at(self._reached[store], _bytes_of(setting, self._layer.shape, store))
-            for store in self._types
-        )
+        return any(loss <= slack * other for other in reached.values())
 
     def _frontier(self, store: torch.dtype) -> list[tuple[int, float]]:
         """Return bytes, rising, and the least loss that is known to be reached with so many."""

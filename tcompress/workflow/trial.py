@@ -17,6 +17,7 @@ from tcompress.checkpoint.layers import Layer
 from tcompress.encodings import value_type
 from tcompress.errors import FormatError, NumericalError
 from tcompress.formats import Format
+from tcompress.formats.base import Factorization
 from tcompress.formats.metric import Metric
 from tcompress.formats.outlook import Outlook
 from tcompress.workflow.fitting import rebuild, stored_factors
@@ -74,6 +75,16 @@ class Trial:
         """Whether the layer's output is zero whatever the input."""
         return self._norms[False] == 0
 
+    def of_format(self, settings: Sequence[Format], types: Sequence[torch.dtype]) -> Iterator[Candidate]:
+        """Yield settings of one format in each type; formats that can share work between settings do."""
+        if self._metric.is_plain and settings:
+            patient = [setting if self._is_small else setting.quicker() for setting in settings]
+            with suppress(FormatError, NumericalError):  # of which one it is, is seen when each is fitted by itself
+                swept = type(settings[0]).sweep(self._looked_at(settings[0]), patient)
+                self._fits |= {each: self._known(each, found) for each, found in zip(settings, swept, strict=True)}
+        for setting in settings:
+            yield from self.stored(setting, types)
+
     def stored(self, setting: Format, types: Iterable[torch.dtype]) -> Iterator[Candidate]:
         """Yield the setting in each type in which it can be stored and saves bytes."""
         for store in types:
@@ -99,7 +110,9 @@ class Trial:
 
     def _fitted(self, setting: Format) -> _Fit:
         patient = setting if self._is_small else setting.quicker()
-        found = self._metric.fit(patient, self._looked_at(setting))
+        return self._known(setting, self._metric.fit(patient, self._looked_at(setting)))
+
+    def _known(self, setting: Format, found: Factorization) -> _Fit:
         measured = self._relative(setting, found.reconstruct().detach())
         outlook = self.outlooks.get(type(setting)) if self._metric.is_plain else None
         loss = outlook.loss(setting) if outlook is not None and outlook.is_exact else measured

@@ -12,6 +12,11 @@ from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
 from tcompress.formats.tt import TT
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 ROWS = torch.tensor([1000.0, 100.0, 10.0, 1.0]).repeat(10)
 
 

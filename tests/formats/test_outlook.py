@@ -17,6 +17,11 @@ from tcompress.linalg.svd import left_out
 SHAPES = [(48, 40), (24, 16, 3, 3)]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def lost(weight, setting):
     return float((weight - setting.fit(weight).reconstruct().detach()).square().sum() / weight.square().sum())
 

@@ -23,6 +23,11 @@ CPU = torch.device("cpu")
 TYPES = [INT4, torch.int8, torch.float16, torch.float32]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def layer(weight: torch.Tensor) -> Layer:
     return Layer("l.weight", LayerKind.LINEAR, tuple(weight.shape), FLOAT32)
 
