@@ -166,17 +166,17 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
 def metrics_of(traced: Traced, batches: Sequence[Any], checkpoint: Checkpoint) -> dict[str, Metric]:
     """Return which errors of each traced layer count, from so many rows of every batch as say what all do.
 
-    Of a weight that is used as an embedding and otherwise as well it is not known. Raises as ``Inputs.measure``.
+    Of a weight that is used as an embedding and otherwise as well, the other uses count. Raises as ``Inputs.measure``.
     """
     uses: dict[str, list[Use]] = {}
     for use in traced.uses:
         uses.setdefault(use.layer.name, []).append(use)
-    alike = {
-        name: all_ for name, all_ in uses.items() if len({isinstance(use.module, nn.Embedding) for use in all_}) == 1
+    counted = {
+        name: [use for use in all_ if not isinstance(use.module, nn.Embedding)] or all_ for name, all_ in uses.items()
     }
-    inputs = Inputs(alike, checkpoint, _LARGEST_FULL, {}, all_rows=False)
+    inputs = Inputs(counted, checkpoint, _LARGEST_FULL, {}, all_rows=False)
     inputs.measure(traced, batches)
-    return {name: inputs.metric(name) for name in alike}
+    return {name: inputs.metric(name) for name in counted}
 
 
 def metric_of_counts(counts: Tensor) -> Metric:

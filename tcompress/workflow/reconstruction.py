@@ -75,20 +75,21 @@ class Reconstruction:
         return sorted(layers, key=lambda layer: self._positions.get(layer.name, len(self._positions)))
 
     def aim(self, layer: Layer, weight: Tensor) -> Aim | None:
-        """Return what the layer is to become; None for one whose input is no vector, or is not known.
+        """Return what the layer is to become; None for one whose input is not known, or too wide to be looked at.
 
-        Raises NumericalError for inputs that are not finite.
+        A weight that is used several times has inputs at different depths: those of the dense model stand for all. Of
+        one that is an embedding and something else as well, the something else counts. Raises NumericalError for inputs that are not finite.
         """
         at = self._positions.get(layer.name)
         if at is None:
             return None
         uses = [use for use in self.dense.uses if use.layer.name == layer.name]
-        tables = [use for use in uses if isinstance(use.module, nn.Embedding)]
-        if tables:
-            return LookupAim.of(weight, self._lookups(layer, tables)) if len(tables) == len(uses) else None
-        if len(uses) != 1 or weight[0].numel() > _LARGEST:
-            return None  # several uses have inputs at different depths
-        products = self._products_of(at)
+        others = [use for use in uses if not isinstance(use.module, nn.Embedding)]
+        if not others:
+            return LookupAim.of(weight, self._lookups(layer, uses))
+        if weight[0].numel() > _LARGEST:
+            return None
+        products = self._products_of(at) if len(uses) == 1 else self._products_in_dense(others)
         if not products.are_finite:
             raise NumericalError(
                 "its inputs are not finite on the calibration batches", path=self._path, tensor=layer.name
@@ -122,6 +123,14 @@ class Reconstruction:
         if self._known is None or self._known[0] != key:
             self._known = (key, self._measured(at))
         return self._known[1]
+
+    def _products_in_dense(self, uses: Sequence[Use]) -> Products:
+        products = Products()
+        for use in uses:
+            for batch in self.batches:
+                rows = rows_of(use.module, _input_of(self.dense, use, batch))
+                products.add(rows, rows)
+        return products
 
     def _measured(self, at: int) -> Products:
         use, other = self.dense.uses[at], self.prefix.uses[at]

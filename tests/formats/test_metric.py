@@ -12,6 +12,7 @@ from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
 from tcompress.formats.tt import TT
 
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -244,3 +244,65 @@ def test_other_inputs_begin_anew(source, task, tmp_path, monkeypatch):
     assert (
         "what an unfinished run with other settings had left was thrown away" in go(load_task(str(path), NEEDS)).notes
     )
+
+
+TIED = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, 6)
+        self.mix = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 20, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        return self.head(torch.relu(self.mix(self.table(ids))))
+
+def model():
+    return Net()
+
+def calibration_batches():
+    random = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 10, (8, 4), generator=random) for _ in range(3)]
+"""
+
+
+def test_a_table_that_is_a_head_as_well_is_fitted_to_the_head_s_inputs(tmp_path):
+    (tmp_path / "tied.py").write_text(TIED)
+    task = load_task(str(tmp_path / "tied.py"), NEEDS)
+    torch.manual_seed(0)
+    model = task.model()
+    tensors = {"table.weight": model.table.weight, "mix.weight": model.mix.weight, "mix.bias": model.mix.bias}
+    save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, tmp_path / "tied.safetensors")
+    with open_checkpoint(tmp_path / "tied.safetensors") as checkpoint:
+        both = Reconstruction(checkpoint, task)
+        table = next(layer for layer in find_layers(checkpoint) if layer.name == "table.weight")
+        weight = checkpoint.read("table.weight")
+        aim = both.aim(table, weight)
+        with torch.no_grad():
+            inputs = torch.cat([torch.relu(model.mix(model.table(batch))).reshape(-1, 6) for batch in both.batches])
+    gram = inputs.T @ inputs / len(inputs)
+    torch.testing.assert_close(aim.target, weight, rtol=1e-3, atol=1e-4)
+    off = 0.9 * weight
+    assert aim.output_error(off) == pytest.approx(0.1, rel=1e-3)
+    torch.testing.assert_close(aim.metric.gram, gram + 0.01 * gram.diagonal().mean() * torch.eye(6))
+
+
+def test_a_table_is_fitted_to_its_lookups(tmp_path):
+    (tmp_path / "tied.py").write_text(TIED.replace("        self.head.weight = self.table.weight\n", ""))
+    task = load_task(str(tmp_path / "tied.py"), NEEDS)
+    save_file(task.model().state_dict(), tmp_path / "free.safetensors")
+    with open_checkpoint(tmp_path / "free.safetensors") as checkpoint:
+        both = Reconstruction(checkpoint, task)
+        table = next(layer for layer in find_layers(checkpoint) if layer.name == "table.weight")
+        weight = checkpoint.read("table.weight")
+        aim = both.aim(table, weight)
+    counts = torch.bincount(torch.cat([batch.flatten() for batch in both.batches]), minlength=20)
+    torch.testing.assert_close(aim.metric.rows, counts.double() + 1)
+    unseen = weight.clone()
+    unseen[10:] = 0
+    assert aim.output_error(unseen) == 0
+    assert aim.output_error(weight * 0.5) == pytest.approx(0.5)
