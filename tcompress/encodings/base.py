@@ -120,6 +120,10 @@ class Values(ABC):
     def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], place: Place) -> Tensor:
         """Return the factor of sound parts, as ``Coding.unpack`` does."""
 
+    def recoded(self, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
+        """Return the parts with other codes, whole numbers in the shape of the stored values, and the same scales."""
+        raise NotImplementedError(f"values as {self.name or 'they are'} have no codes")
+
 
 @dataclass(frozen=True)
 class Coding:
@@ -170,6 +174,22 @@ class Coding:
         parts = self._own(parts)
         stored, place = self.support.decode(parts, shape)
         return self.held.decode(parts, shape, stored, place)
+
+    def steps(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Return for each element the step that its code counts, 0 where none is stored; for values held as codes."""
+        stored, place = self.support.decode(parts, shape)
+        ones = self.held.recoded(parts, torch.ones(stored, dtype=torch.int8))
+        return self.held.decode(ones, shape, stored, place)
+
+    def recoded(self, parts: Mapping[str, Tensor], codes: Tensor) -> dict[str, Tensor]:
+        """Return the parts with other codes in the same places; codes: of the factor's shape, whole numbers."""
+        shape = tuple(codes.shape)
+        stored, place = self.support.decode(parts, shape)
+        count = math.prod(stored)
+        order = place(torch.arange(1, count + 1, dtype=torch.int64).reshape(stored)).reshape(-1)
+        taken = torch.zeros(count, dtype=torch.int8)
+        taken[order[order > 0] - 1] = codes.reshape(-1)[order > 0].to(torch.int8)
+        return dict(self.held.recoded(parts, taken.reshape(stored)))
 
     def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """Return the factor that ``decode`` returns, on the device of the parts and by torch operations alone.

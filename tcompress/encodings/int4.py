@@ -57,8 +57,7 @@ class Int4(Values):
             codes[start * GROUP : (start + _BLOCK) * GROUP] = found.reshape(-1)
         if not bool(codes.any()) and bool(values.any()):
             raise NumericalError("its values are too small for int4's fp16 scales; int8 has float32 scales")
-        halves = (codes[: count + count % 2] & 15).view(torch.uint8).reshape(-1, 2)
-        return {"codes": halves[:, 0] | halves[:, 1] << 4, "scale": scale}
+        return {"codes": _packed(codes[:count]), "scale": scale}
 
     def decode(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], stored: tuple[int, ...], place: Place
@@ -77,12 +76,21 @@ class Int4(Values):
         values *= scale.numpy().astype(np.float32)[:, None]
         return place(torch.from_numpy(values).reshape(-1)[:count])
 
+    def recoded(self, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
+        return {**parts, "codes": _packed(codes.reshape(-1).to(torch.int8))}
+
     def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], place: Place) -> Tensor:
         del shape
         codes, scale = parts["codes"], parts["scale"]
         missing = scale.numel() * (GROUP // 2) - codes.numel()
         values = _halves(F.pad(codes, (0, missing))).reshape(-1, GROUP).to(torch.float32)
         return place(values.mul_(scale.to(torch.float32)[:, None]).reshape(-1))
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Return int8 codes (count,) two to a byte, a last one alone in the low half."""
+    halves = (F.pad(codes, (0, codes.numel() % 2)) & 15).view(torch.uint8).reshape(-1, 2)
+    return halves[:, 0] | halves[:, 1] << 4
 
 
 def _halves(packed: Tensor) -> Tensor:

@@ -56,6 +56,9 @@ class Int8(Values):
         require(sound, "has scales that are negative or not finite")
         return _scaled(place(codes), scale)
 
+    def recoded(self, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
+        return {**parts, "codes": codes.to(torch.int8)}
+
     def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], place: Place) -> Tensor:
         del shape
         return _scaled(place(parts["codes"]), parts["scale"])

@@ -178,6 +178,11 @@ class Format(ABC):
         return self
 
     @property
+    def added_matrix(self) -> str | None:
+        """Name of the factor that is added to the weight's matrix as it is, (out, fan_in); None where there is none."""
+        return None
+
+    @property
     def by_rows(self) -> bool:
         """Whether a setting means the same for some of the rows, and for rows of other sizes, as a rank does."""
         return False

@@ -257,6 +257,10 @@ class LowRankSparse(Format):
         return replace(setting, density=most / values)
 
     @property
+    def added_matrix(self) -> str | None:
+        return "sparse.matrix" if self.reconstruction == "additive" else None
+
+    @property
     def by_rows(self) -> bool:
         return self.low_rank == SVD.name
 

@@ -41,6 +41,16 @@ class Metric:
             return float(torch.linalg.vector_norm(matrix)) ** 2
         return max(0.0, float((times(matrix, self.gram) * matrix).sum(dtype=torch.float64)))
 
+    def counted(self, weight: Tensor) -> float:
+        """Return how many values of the weight count, as if all of these did alike: all, or those of so many rows.
+
+        So many equal rows would have the same mean and mean square of c: (sum c)² / sum c².
+        """
+        if self.rows is None:
+            return float(weight.numel())
+        rows = self.rows.double()
+        return float(rows.sum().square() / rows.square().sum()) * weight[0].numel()
+
     def seen_in(self, weight: Tensor) -> Tensor:
         """Return the weight with its columns at the size of their inputs, or its rows at what they count."""
         if self.is_plain:

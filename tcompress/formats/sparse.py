@@ -175,6 +175,10 @@ class Sparse(Format):
         return Outlook(lambda setting: float(lost[len(squares) - setting.kept(len(squares))]) / whole, is_exact=True)
 
     @property
+    def added_matrix(self) -> str | None:
+        return "matrix"
+
+    @property
     def by_rows(self) -> bool:
         return True
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from tcompress.errors import FormatError, NumericalError
 from tcompress.formats import Format
 from tcompress.formats.metric import PLAIN, Metric
-from tcompress.workflow.fitting import fit, rebuild
+from tcompress.workflow.fitting import fit
+from tcompress.workflow.stored import rebuild
 from tcompress.workflow.trial import Candidate
 
 

@@ -17,8 +17,8 @@ from tcompress.encodings import Coding, FactorSpec, find
 from tcompress.errors import FormatError, InputError, UnsupportedError
 from tcompress.formats import FORMATS, Format, make
 from tcompress.formats.grouped import GroupFormat
-from tcompress.workflow.fitting import rebuild
 from tcompress.workflow.layout import stored_name
+from tcompress.workflow.stored import rebuild
 
 
 @dataclass(frozen=True)

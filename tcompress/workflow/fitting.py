@@ -11,29 +11,16 @@ import torch
 from torch import Tensor
 
 from tcompress.checkpoint.manifest import figure
-from tcompress.encodings import Coding, FactorSpec, cheapest, measured, value_type
+from tcompress.encodings import FactorSpec, cheapest, measured, value_type
 from tcompress.errors import NumericalError
 from tcompress.formats import Format
 from tcompress.formats.grouped import GroupFormat
 from tcompress.formats.metric import PLAIN, Metric
 from tcompress.linalg.distance import compare
+from tcompress.workflow.rounding import rounded_for_output
+from tcompress.workflow.stored import StoredFactor, rebuild
 
 _FEWEST_GROUPED = 1024  # values: fewer may have a pattern n:m by chance, which no plan can foresee
-
-
-@dataclass(frozen=True)
-class StoredFactor:
-    """One factor with the parts that will lie on disk; values: the CPU tensor that these parts give."""
-
-    spec: FactorSpec
-    coding: Coding
-    parts: Mapping[str, Tensor]
-    values: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parts."""
-        return sum(part.nbytes for part in self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -89,6 +76,7 @@ def fit(
     aim = working_copy(weight if target is None else target, device)
     found = metric.like(aim).fit(setting, aim)
     stored = stored_factors(found.state_dict(), setting, tuple(weight.shape), store)
+    stored = rounded_for_output(stored, setting, aim, metric)
     return _measured(weight, setting, stored, device, started)
 
 
@@ -178,21 +166,3 @@ def _measured(
     if not math.isfinite(norm):
         raise NumericalError(f"{setting}: the weight's norm exceeds the range of float64; scale the weight down")
     return Fitted(setting, shape, stored, norm, error, time.perf_counter() - started)
-
-
-def rebuild(
-    setting: Format,
-    shape: tuple[int, ...],
-    factors: Mapping[str, Tensor],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """Return the dense weight that stored factors give, as a CPU tensor of ``dtype``: what decompression writes.
-
-    Raises FormatError when the factors do not make the shape.
-    """
-    precision = torch.float64 if dtype == torch.float64 else torch.float32
-    working = {name: factor.to(device=device, dtype=precision) for name, factor in factors.items()}
-    with torch.no_grad():
-        return setting.load(shape, working).reconstruct().detach().to(dtype).cpu()

@@ -16,9 +16,10 @@ from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.errors import NumericalError, UsageError, printable
 from tcompress.formats import Format
 from tcompress.formats.grouped import GroupFormat
-from tcompress.workflow.fitting import Fitted, StoredFactor, fit, fit_group, working_copy
+from tcompress.workflow.fitting import Fitted, fit, fit_group, working_copy
 from tcompress.workflow.layout import added_header_bytes, shared_header_bytes
 from tcompress.workflow.plan import Rule, Target
+from tcompress.workflow.stored import StoredFactor
 
 _ATTEMPTS = 8  # at a tolerance, against the rounding of the stored factors
 

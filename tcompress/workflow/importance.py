@@ -68,7 +68,7 @@ def importances(
         distance = _distance(before, [list(_outputs(traced.run(batch))) for batch in few])
         with torch.no_grad():
             held[0].copy_(kept)
-        found[layer.name] = math.sqrt(layer.values * distance / r)
+        found[layer.name] = math.sqrt(metric.counted(weight) * distance / r)
     return found
 
 

@@ -17,7 +17,7 @@ from tcompress.checkpoint.reader import Checkpoint, TensorInfo
 from tcompress.checkpoint.writer import Piece
 from tcompress.encodings import find
 from tcompress.errors import FormatError, NumericalError
-from tcompress.workflow.fitting import Fitted, StoredFactor, fit, rebuild
+from tcompress.workflow.fitting import Fitted, fit
 from tcompress.workflow.grouping import Shared, fit_shared
 from tcompress.workflow.layout import described, entry_of, stored_name
 from tcompress.workflow.planning import Decision
@@ -25,6 +25,7 @@ from tcompress.workflow.progress import Progress, steps
 from tcompress.workflow.reconstruction import Reconstruction
 from tcompress.workflow.results import LayerResult
 from tcompress.workflow.settings import Settings
+from tcompress.workflow.stored import StoredFactor, rebuild
 
 Named = tuple[str, Tensor, str]  # name and data of a part, and the layer or group that it belongs to
 

@@ -78,7 +78,8 @@ class Reconstruction:
         """Return what the layer is to become; None for one whose input is not known, or too wide to be looked at.
 
         A weight that is used several times has inputs at different depths: those of the dense model stand for all. Of
-        one that is an embedding and something else as well, the something else counts. Raises NumericalError for inputs that are not finite.
+        one that is an embedding and something else as well, the something else counts. Raises NumericalError for inputs
+        that are not finite.
         """
         at = self._positions.get(layer.name)
         if at is None:

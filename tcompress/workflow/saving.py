@@ -29,11 +29,12 @@ from tcompress.runtime.modules import Factorized
 from tcompress.runtime.packed import Packed, stored_in
 from tcompress.runtime.ways import dense_weight
 from tcompress.version import __version__
-from tcompress.workflow.fitting import StoredFactor, encoded
+from tcompress.workflow.fitting import encoded
 from tcompress.workflow.layout import described, entry_of, stored_name
 from tcompress.workflow.matching import Place, places_in
 from tcompress.workflow.reading import fingerprint_of
 from tcompress.workflow.results import Stored, measure
+from tcompress.workflow.stored import StoredFactor
 
 _CODES = {"int8": torch.int8, "int4": INT4}
 

@@ -20,8 +20,10 @@ from tcompress.formats import Format
 from tcompress.formats.base import Factorization
 from tcompress.formats.metric import Metric
 from tcompress.formats.outlook import Outlook
-from tcompress.workflow.fitting import rebuild, stored_factors
+from tcompress.workflow.fitting import stored_factors
 from tcompress.workflow.layout import planned_bytes
+from tcompress.workflow.rounding import rounded_for_output
+from tcompress.workflow.stored import rebuild
 
 _NOTHING = 1e-12  # of the loss: what float32 makes of an exact fit
 _ROWS_PER_COLUMN = 4  # of a very tall weight, the rows that are looked at, evenly spread
@@ -122,6 +124,7 @@ class Trial:
         """Return what storing the factors as codes adds to the loss."""
         shape = tuple(self._looked_at(setting).shape)
         coded = stored_factors(dict(fit.factors), setting, shape, store)
+        coded = rounded_for_output(coded, setting, self._looked_at(setting), self._metric)
         values = {name: factor.values for name, factor in coded.items()}
         rebuilt = rebuild(setting, shape, values, dtype=self._weight.dtype, device=self._device)
         return self._relative(setting, rebuilt.to(self._device)) - fit.measured

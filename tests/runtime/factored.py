@@ -14,7 +14,8 @@ from tcompress.formats.grouped import GroupFormat
 from tcompress.runtime.install import factorized
 from tcompress.runtime.modules import Factorized
 from tcompress.runtime.packed import Packed, assemble
-from tcompress.workflow.fitting import StoredFactor, fit, fit_group, rebuild
+from tcompress.workflow.fitting import fit, fit_group
+from tcompress.workflow.stored import StoredFactor, rebuild
 
 CPU = torch.device("cpu")
 CACHES = ("auto", "always", "never")

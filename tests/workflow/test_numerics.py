@@ -23,9 +23,10 @@ from tcompress.formats.low_rank_sparse import LowRankSparse
 from tcompress.formats.sparse import Sparse
 from tcompress.workflow.compression import compress
 from tcompress.workflow.decompression import decompress
-from tcompress.workflow.fitting import fit, fit_group, rebuild
+from tcompress.workflow.fitting import fit, fit_group
 from tcompress.workflow.plan import Target, plan_for
 from tcompress.workflow.settings import Settings
+from tcompress.workflow.stored import rebuild
 from tcompress.workflow.verification import verify
 
 CPU = torch.device("cpu")
