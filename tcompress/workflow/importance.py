@@ -13,7 +13,7 @@ a layer is the geometric mean of D / r and of its number of values.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from tcompress.formats.metric import PLAIN, Metric
 from tcompress.formats.sparse import Sparse
 from tcompress.workflow.fitting import working_copy
 from tcompress.workflow.progress import Progress, silent, steps
+from tcompress.workflow.samples import first_samples, outputs_in
 from tcompress.workflow.tracing import Traced
 
 _PRUNED_TO = 0.15  # of the values: an error of the size that compression makes
@@ -49,8 +50,8 @@ def importances(
 
     metrics: which errors of a layer count, where that is known. The model has its own weights again when this is done.
     """
-    few = _first(batches)
-    before = [list(_outputs(traced.run(batch))) for batch in few]
+    few = first_samples(batches, _ENOUGH)
+    before = [outputs_in(traced.run(batch)) for batch in few]
     found = {}
     for layer in steps("weighing", layers, progress):
         uses = [use for use in traced.uses if use.layer.name == layer.name]
@@ -65,37 +66,11 @@ def importances(
         kept = held[0].clone()
         with torch.no_grad():
             held[0].copy_(damaged)
-        distance = _distance(before, [list(_outputs(traced.run(batch))) for batch in few])
+        distance = _distance(before, [outputs_in(traced.run(batch)) for batch in few])
         with torch.no_grad():
             held[0].copy_(kept)
         found[layer.name] = math.sqrt(metric.counted(weight) * distance / r)
     return found
-
-
-def _first(batches: Sequence[Any]) -> list[Any]:
-    """Return the first batches that have enough samples together."""
-    chosen: list[Any] = []
-    samples = 0
-    for batch in batches:
-        if samples >= _ENOUGH:
-            break
-        chosen.append(batch)
-        samples += next((len(tensor) for tensor in _outputs(batch, floating=False) if tensor.ndim), 1)
-    return chosen
-
-
-def _outputs(found: Any, *, floating: bool = True) -> Iterator[Tensor]:
-    """Yield the tensors in what a model gives, in their order."""
-    match found:
-        case Tensor():
-            if found.is_floating_point() or not floating:
-                yield found.detach()
-        case Mapping():
-            for value in found.values():
-                yield from _outputs(value, floating=floating)
-        case tuple() | list():
-            for value in found:
-                yield from _outputs(value, floating=floating)
 
 
 def _distance(before: Sequence[Sequence[Tensor]], after: Sequence[Sequence[Tensor]]) -> float:

@@ -9,7 +9,7 @@ AA-SVD, 2026: inputs from the compressed prefix, targets from the dense model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.errors import NumericalError
 from tcompress.workflow.aims import Aim, LookupAim, Products
+from tcompress.workflow.samples import tensors_in
 from tcompress.workflow.shortcuts import has_shortcut, meeting
 from tcompress.workflow.task import Task
-from tcompress.workflow.tracing import Traced, Use, as_call, calibration_inputs, load_traced, output_rows_of, rows_of
+from tcompress.workflow.tracing import Traced, Use, calibration_inputs, load_traced, output_rows_of, rows_of
 
 _LARGEST = 1 << 13  # inputs of a layer above which its moments, squared, are not formed
 
@@ -59,7 +60,7 @@ class Reconstruction:
             "code": hashlib.sha256(task.path.read_bytes()).hexdigest(),
             "strip_prefix": strip_prefix,
             "repair": repair,
-            "inputs": fingerprint(tensor.cpu() for batch in self.batches for tensor in _tensors(batch)),
+            "inputs": fingerprint(tensor.cpu() for batch in self.batches for tensor in tensors_in(batch)),
         }
         self._positions = {use.layer.name: at for at, use in reversed(list(enumerate(self.dense.uses)))}
         self._share = _shared_inputs(self.dense, self.batches[0])
@@ -145,12 +146,6 @@ class Reconstruction:
             shift = output_rows_of(use.module, before.other - after.other)
             products.add(rows_of(use.module, before.input), rows_of(other.module, after.input), shift)
         return products
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a batch, in their order."""
-    arguments, named = as_call(batch)
-    yield from (value for value in (*arguments, *named.values()) if isinstance(value, Tensor))
 
 
 def _input_of(traced: Traced, use: Use, batch: Any) -> Tensor:

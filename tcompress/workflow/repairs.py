@@ -26,7 +26,7 @@ from tcompress.workflow.progress import Progress, Step, silent
 from tcompress.workflow.reconstruction import Reconstruction
 from tcompress.workflow.repair_sites import STATISTICS, Site, Values, find_sites, least_squares, statistics
 from tcompress.workflow.results import Repairs
-from tcompress.workflow.sensitivity import samples_in, tensors_in
+from tcompress.workflow.samples import first_samples, outputs_in, samples_in, tensors_in
 
 _EVERY = 4  # of so many calibration batches one is held out
 _ENOUGH = 256  # samples to find a repair on, and to judge it on
@@ -154,7 +154,7 @@ class _Judge:
     def _measured(self) -> float:
         apart = size = 0.0
         for at, batch in enumerate(self._batches):
-            for was, now in zip(self._wanted(at), _outputs(self.models.prefix.run(batch)), strict=True):
+            for was, now in zip(self._wanted(at), outputs_in(self.models.prefix.run(batch)), strict=True):
                 apart += float((was - now).square().sum(dtype=torch.float64))
                 size += float(was.square().sum(dtype=torch.float64))
         distance = apart / size if size else apart
@@ -164,16 +164,12 @@ class _Judge:
         """Return the dense model's outputs, which are kept while there is room."""
         if at in self._dense:
             return self._dense[at]
-        found = _outputs(self.models.dense.run(self._batches[at]))
+        found = outputs_in(self.models.dense.run(self._batches[at]))
         values = sum(tensor.numel() for tensor in found)
         if values <= self._room:
             self._dense[at] = found
             self._room -= values
         return found
-
-
-def _outputs(found: Any) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors_in(found) if tensor.is_floating_point()]
 
 
 def _changed(checkpoint: Checkpoint, sites: Sequence[Site]) -> Iterator[tuple[str, Tensor]]:
@@ -192,7 +188,7 @@ def _apart(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         return _rows_apart(batches[0])
     every = min(_EVERY, len(batches))
     seen = [batch for at, batch in enumerate(batches, start=1) if at % every]
-    return _first(seen), _first(batches[every - 1 :: every])
+    return first_samples(seen, _ENOUGH), first_samples(batches[every - 1 :: every], _ENOUGH)
 
 
 def _rows_apart(batch: Any) -> tuple[list[Any], list[Any]]:
@@ -214,13 +210,3 @@ def _taken(batch: Any, mask: Tensor) -> Any:
         case tuple() | list():
             return type(batch)(_taken(value, mask) for value in batch)
     return batch
-
-
-def _first(batches: Sequence[Any]) -> list[Any]:
-    """Return the first batches that have enough samples together."""
-    chosen: list[Any] = []
-    for batch in batches:
-        if sum(map(samples_in, chosen)) >= _ENOUGH:
-            break
-        chosen.append(batch)
-    return chosen

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.errors import NumericalError, TaskError, TcompressError
+from tcompress.workflow.samples import samples_in, tensors_in
 from tcompress.workflow.task import Task, failed
 from tcompress.workflow.tracing import Traced, Use, on_device
 
@@ -140,11 +141,6 @@ class _Gradients:
         }
 
 
-def samples_in(batch: Any) -> int:
-    """Return the first size of a batch's first tensor, 1 where none has sizes."""
-    return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim > 0), 1)
-
-
 def _channels(module: nn.Module) -> int:
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
@@ -180,12 +176,3 @@ def _backward(objective: Tensor, task: Task, batch: str) -> None:
         raise
     except Exception as error:
         raise failed(error, task.path, f"the gradient of {batch} cannot be had: ") from error
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield all tensors in tuples, lists and mappings, which what transformers gives is as well."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(each)
