@@ -22,6 +22,7 @@ from tcompress.workflow.tracing import Traced
 Values = Mapping[str, Tensor]  # attribute of a module -> what it is to be
 
 STATISTICS = ("running_mean", "running_var")
+_NORMALISATIONS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TINY = 1e-12  # of a mean square: a variance below that part of it is rounding
 
@@ -42,7 +43,7 @@ class Site:
     def rows(self, x: Tensor) -> Tensor:
         """Return an input or output of the module as (positions, channels)."""
         module = self.prefix
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm | nn.GroupNorm):
             x = x.movedim(1, -1)
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             x = x.movedim(-1 - len(module.kernel_size), -1)
@@ -68,7 +69,7 @@ class _Reached(Exception):  # noqa: N818 - no error: it ends a run of the model 
 
 
 def find_sites(checkpoint: Checkpoint, models: Reconstruction) -> list[Site]:
-    """Return the batch normalisations, linear layers and convolutions with something to repair, in forward order.
+    """Return the normalisations, linear layers and convolutions with something to repair, in forward order.
 
     That is a bias, a scale or statistics that the checkpoint holds in a floating type, and holds for nothing else.
     """
@@ -94,9 +95,12 @@ def find_sites(checkpoint: Checkpoint, models: Reconstruction) -> list[Site]:
 
 
 def _is_repairable(place: Place) -> bool:
-    if isinstance(place.module, _BatchNorm):
+    module = place.module
+    if isinstance(module, _BatchNorm):
         return place.attribute in {*STATISTICS, "weight", "bias"}
-    return isinstance(place.module, _LAYERS) and place.attribute == "bias"
+    if isinstance(module, nn.GroupNorm) or (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1):
+        return place.attribute in {"weight", "bias"}
+    return isinstance(module, _LAYERS) and place.attribute == "bias"
 
 
 def _called(traced: Traced, modules: Sequence[nn.Module], batch: Any) -> Counter[int]:
@@ -140,7 +144,7 @@ def least_squares(site: Site, models: Reconstruction, batches: Sequence[Any]) ->
     mean, mean0, square, product = sums / count
     variance, covariance = square - mean * mean, product - mean * mean0
     known = variance > _TINY * square
-    scales = "weight" in site.names and isinstance(site.prefix, _BatchNorm)
+    scales = "weight" in site.names and isinstance(site.prefix, _NORMALISATIONS)
     a = torch.where(known, covariance / variance, 1.0) if scales else torch.ones_like(mean)
     values = {}
     if scales:

@@ -1,7 +1,7 @@
 """Repairs once all layers are as they are stored: no labels, no gradients, and nothing that is not seen to help.
 
 Two kinds: the statistics of all batch normalisations, measured in the compressed model; and, one module after the
-other, the bias (of a batch normalisation also the scale) for which its outputs are nearest to the dense model's. Each
+other, the bias (of a normalisation also the scale) for which its outputs are nearest to the dense model's. Each
 is found on some of the calibration batches, and kept only where on the others, which it has not seen, the compressed
 model's outputs come nearer to the dense model's.
 

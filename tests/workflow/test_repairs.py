@@ -342,3 +342,41 @@ def test_verify_finds_a_repair_that_is_not_there(source, task, tmp_path):
     assert "tensor 5.bias: is said to be repaired, and is not there" in problems
     assert "tensor 1.num_batches_tracked: is said to be repaired, and is int64" in problems
     assert "tensor 4.bias: is repaired, and has NaN or Inf" in problems
+
+
+NORMALISED = """
+def model():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 16), nn.LayerNorm(16),
+        nn.Linear(16, 32),
+    )
+
+def calibration_batches():
+    random = torch.Generator().manual_seed(1)
+    return [torch.randn(32, 3, 6, 6, generator=random) + 0.5 for _ in range(8)]
+"""
+
+
+@pytest.mark.parametrize(("name", "until", "channels"), [("1.weight", 2, 1), ("5.weight", 6, -1)])
+def test_scale_and_bias_of_group_and_layer_normalisations_are_fitted(name, until, channels, tmp_path):
+    task = task_of(tmp_path, HEAD + NORMALISED)
+    torch.manual_seed(0)
+    save_file(task.model().state_dict(), tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path / "model.safetensors") as checkpoint:
+        models = Reconstruction(checkpoint, task)
+        for layer in find_layers(checkpoint):
+            models.install(layer, 0.6 * checkpoint.read(layer.name) + 0.02 * torch.randn(layer.shape))
+        site = next(site for site in find_sites(checkpoint, models) if name in site.names.values())
+
+    def outputs(made):
+        with torch.no_grad():
+            found = made.model[:until](torch.cat(models.batches))
+        return found.movedim(channels, -1).flatten(0, -2).double()
+
+    y, y0 = outputs(models.prefix), outputs(models.dense)
+    site.put(least_squares(site, models, models.batches))
+    repaired = outputs(models.prefix)
+    for channel in range(y.shape[1]):
+        line = torch.stack([y[:, channel], torch.ones(len(y), dtype=torch.float64)], dim=1)
+        best = line @ torch.linalg.lstsq(line, y0[:, channel, None]).solution
+        torch.testing.assert_close(repaired[:, channel], best[:, 0], rtol=1e-4, atol=1e-4)
