@@ -34,7 +34,8 @@ class Origin:
 
     kind: linear, conv or embedding. stored_as: type of the dense weight in the file. norm, relative_error: as in the
     manifest. fingerprint: of the stored parts, to see whether they were changed. group: of a joint format.
-    source: what the file says of the checkpoint that it was made from.
+    source: what the file says of the checkpoint that it was made from. repaired: tensors of the model that it says were
+    repaired, and are no layer's factors.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Origin:
     fingerprint: str
     group: str | None = None
     source: tuple[tuple[str, Any], ...] = ()
+    repaired: tuple[str, ...] = ()
 
 
 class Factorized(nn.Module):

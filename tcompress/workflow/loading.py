@@ -48,7 +48,8 @@ def load_into(model: nn.Module, source: Source, *, strip_prefix: str = "", cache
         names = without_prefix(dense.infos, strip_prefix, checkpoint.path)
         places = places_in(model)
         require_fit(model, places, {name: dense.infos[stored].shape for name, stored in names.items()}, checkpoint.path)
-        layers = read_layers(dense)
+        repaired = set(dense.manifest.repaired)
+        layers = read_layers(dense, [name for name, stored in names.items() if stored in repaired])
         homes = homes_of(names, places)
         _require_equal_ties(dense, names, homes, layers)
         once = {homes[name][0].identity: name for name in reversed(names)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,16 +46,18 @@ class LayerParts:
             return dense_weight(assemble(self.setting, self.shape, self.held, dtype), dtype, dtype)
 
 
-def read_layers(dense: CompressedView) -> dict[str, LayerParts]:
+def read_layers(dense: CompressedView, repaired: Sequence[str] | None = None) -> dict[str, LayerParts]:
     """Read all compressed layers, each as it is stored; what layers share is read once.
 
+    repaired: what the model calls the tensors that were repaired; None for the names that the file has for them.
     Raises InputError when factors are damaged.
     """
     shared: dict[str, Held] = {}
-    return {name: _read_layer(dense, name, shared) for name in dense.manifest.layers}
+    named = tuple(dense.manifest.repaired if repaired is None else repaired)
+    return {name: _read_layer(dense, name, shared, named) for name in dense.manifest.layers}
 
 
-def _read_layer(dense: CompressedView, name: str, shared: dict[str, Held]) -> LayerParts:
+def _read_layer(dense: CompressedView, name: str, shared: dict[str, Held], repaired: tuple[str, ...]) -> LayerParts:
     entry = dense.manifest.layers[name]
     dtype = entry.dtype.torch
     assert dtype is not None, "manifest entries are of floating types"  # noqa: S101
@@ -80,6 +82,7 @@ def _read_layer(dense: CompressedView, name: str, shared: dict[str, Held]) -> La
         fingerprint=fingerprint_of(held),
         group=entry.group,
         source=tuple(dense.manifest.source.items()),
+        repaired=repaired,
     )
     return LayerParts(setting, entry.shape, held, origin, frozenset(of_group))
 

@@ -46,7 +46,8 @@ def save_compressed(
 
     against: the dense checkpoint it was made from. With it the errors of layers whose factors were changed, by training
     for instance, are measured anew; without it the file says that theirs are not known. Layers that were not changed
-    keep what the file they came from said of them. force: replace a file that exists.
+    keep what the file they came from said of them, and tensors that it called repaired are called so again. force:
+    replace a file that exists.
 
     Returns what lies on disk. Raises UsageError for a model without factorised layers or a name without the suffix,
     NumericalError when a factor is not finite, OutputError when the file exists or cannot be written.
@@ -78,6 +79,7 @@ def _contents(places: Mapping[str, Place], against: Checkpoint | None) -> Conten
     of_group: dict[str, Mapping[str, StoredFactor]] = {}
     rebuild: dict[str, str] = {}
     source: dict[str, Any] = {}
+    repaired: set[str] = set()
     for name, place in places.items():
         if name in tied:
             continue
@@ -97,8 +99,12 @@ def _contents(places: Mapping[str, Place], against: Checkpoint | None) -> Conten
         pieces += _pieces(name, own, name if group is None else shared_stem(group))
         entries[name] = _entry(name, layer, own, against)
         rebuild[layer.setting.name] = layer.setting.rebuild
-        source = dict(layer.origin.source) if layer.origin is not None else source
-    manifest = Manifest(f"tcompress {__version__}", source, tied, rebuild, entries, shared)
+        if layer.origin is not None:
+            source = dict(layer.origin.source)
+            repaired |= {tied.get(each, each) for each in layer.origin.repaired}
+    # Of those, what is still a plain tensor of the model: no compressed layer has a piece of its own name.
+    kept = tuple(sorted(repaired & {piece.name for piece in pieces}))
+    manifest = Manifest(f"tcompress {__version__}", source, tied, rebuild, entries, shared, kept)
     return Contents(pieces, {"format": "pt"}, manifest)
 
 

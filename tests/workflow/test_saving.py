@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import tcompress as package
@@ -19,7 +20,10 @@ from tcompress.formats.svd import SVD
 from tcompress.runtime.packed import Packed
 from tcompress.workflow.decoding import view
 from tcompress.workflow.plan import plan_for
+from tcompress.workflow.reconstruction import Reconstruction
 from tcompress.workflow.settings import Settings
+from tcompress.workflow.task import load_task
+from tcompress.workflow.tracing import NEEDS
 
 STORES = [None, torch.bfloat16, torch.int8, INT4]
 NETWORKS = {
@@ -271,3 +275,39 @@ def test_a_single_layer_is_written_under_the_names_of_its_own(tmp_path):
     save_compressed(model, tmp_path / "out.safetensors")
     assert same_tensors(path, tmp_path / "out.safetensors")
     assert set(collect(load_into(nn.Linear(20, 24), tmp_path / "out.safetensors"))) == {"weight"}
+
+
+TASK = """
+import torch
+from torch import nn
+
+def model():
+    return nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 16))
+
+def calibration_batches():
+    random = torch.Generator().manual_seed(1)
+    return [torch.randn(32, 12, generator=random) + 1 for _ in range(8)]
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_tensors_that_were_repaired_are_still_said_to_be(prefix, tmp_path):
+    (tmp_path / "task.py").write_text(TASK)
+    task = load_task(str(tmp_path / "task.py"), NEEDS)
+    torch.manual_seed(0)
+    source, small, out = (tmp_path / f"{name}.safetensors" for name in ("model", "small", "again"))
+    save_file({prefix + name: tensor for name, tensor in task.model().state_dict().items()}, source)
+    with open_checkpoint(source) as checkpoint:
+        models = Reconstruction(checkpoint, task, strip_prefix=prefix)
+        package.compress(checkpoint, plan_for(SVD(rank=2)), out=small, reconstruction=models)
+    repaired = manifest_of(small).repaired
+    assert repaired
+    model = load_into(task.model(), small, strip_prefix=prefix)
+    save_compressed(model, out)
+    assert manifest_of(out).repaired == tuple(name.removeprefix(prefix) for name in repaired)
+    if not prefix:  # with one, the names are others than those of the source
+        assert verify(open_checkpoint(out), against=open_checkpoint(source)).problems == ()
+    for layer in (model[0], model[2]):
+        layer.bias = None
+    save_compressed(model, out, force=True)
+    assert manifest_of(out).repaired == ()
