@@ -54,7 +54,11 @@ def times(error: Tensor, gram: Tensor) -> Tensor:
 
 def output_error(error: Tensor, gram: Tensor) -> float:
     """Return the root of tr(E G ET)."""
-    return math.sqrt(max(0.0, float((error * times(error, gram)).sum(dtype=torch.float64))))
+    return _root_of_product(error, times(error, gram))
+
+
+def _root_of_product(error: Tensor, pull: Tensor) -> float:
+    return math.sqrt(max(0.0, float((error * pull).sum(dtype=torch.float64))))
 
 
 def root_of(gram: Tensor) -> Tensor:
@@ -170,21 +174,23 @@ def _threshold_steps(target: Tensor, sparse: Tensor, keep: Keep, gram: Tensor, s
     The step's length is the best one along the gradient on the present support; where it would raise the error it is
     halved, a few times at most.
     """
-    error = output_error(target - sparse, gram)
+    pull = times(target - sparse, gram)  # E G: its size is the error, and it is the next slope
+    error = _root_of_product(target - sparse, pull)
     for _ in range(_HARD_STEPS):
-        slope = times(target - sparse, gram) / scale
+        slope = pull / scale
         inside = torch.where(sparse != 0, slope, 0)
         curvature = output_error(inside / scale, gram) ** 2
         length = float(inside.square().sum(dtype=torch.float64)) / curvature if curvature else 1.0
         for _ in range(4):
             moved = keep(sparse * scale + length * slope) / scale
-            moved_error = output_error(target - moved, gram)
+            moved_pull = times(target - moved, gram)
+            moved_error = _root_of_product(target - moved, moved_pull)
             if moved_error < error:
                 break
             length /= 2
         else:
             break
-        sparse, error = moved, moved_error
+        sparse, pull, error = moved, moved_pull, moved_error
     return sparse
 
 
