@@ -16,10 +16,10 @@ from torch import Tensor
 
 from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.formats.base import Factorization, Format, Shape
-from tcompress.formats.for_output import refined
+from tcompress.formats.metric import Metric
+from tcompress.formats.together import Fit
 
 Specs = Mapping[str, FactorSpec]
-Factors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,12 @@ class GroupFormat(Format):
     alternatives: ClassVar[tuple[type[Format], ...]]  # what the members could have instead, each for itself
 
     @abstractmethod
-    def fit_together(self, weights: Sequence[Tensor]) -> tuple[Factors, list[Factors]]:
-        """Return the shared factors and each member's own; ``load`` takes both together. Raises as ``fit``."""
+    def fit_together(self, weights: Sequence[Tensor], metrics: Sequence[Metric] = ()) -> Fit:
+        """Return the shared factors and each member's own; ``load`` takes both together. Raises as ``fit``.
+
+        metrics: of the members, which errors count and how much; none where all count alike. With them the sum of the
+        squared errors becomes small, and is never larger than that of the fit without.
+        """
 
     @abstractmethod
     def group_specs(self, shape: Shape, dtype: torch.dtype, members: int) -> tuple[Specs, Specs]:
@@ -54,8 +58,8 @@ class GroupFormat(Format):
         return sum(map(cheapest_bytes, shared.values())) + members * sum(map(cheapest_bytes, own.values()))
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
-        shared, (own,) = self.fit_together([weight])
-        return refined(self.load(tuple(weight.shape), {**shared, **own}), weight, gram)
+        shared, (own,) = self.fit_together([weight], () if gram is None else [Metric(gram)])
+        return self.load(tuple(weight.shape), {**shared, **own})
 
     def factor_specs(self, shape: Shape, dtype: torch.dtype, nonzeros: int | None = None) -> Specs:
         del nonzeros

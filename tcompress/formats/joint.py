@@ -23,21 +23,26 @@ from tcompress.formats.base import (
     Shape,
     largest,
     listed,
+    matrix_of,
     require_count,
     require_matrix_like,
     take_factors,
 )
-from tcompress.formats.grouped import Factors, GroupFormat, Specs
+from tcompress.formats.grouped import GroupFormat, Specs
+from tcompress.formats.metric import Metric
 from tcompress.formats.search import smallest_within
 from tcompress.formats.staged import StagedFactorization, Stages
 from tcompress.formats.svd import SVD, LowRankMatrix
+from tcompress.formats.together import Fit, error_together, of_inputs, refined_together, unit_metrics
 from tcompress.formats.tucker import Tucker
 from tcompress.linalg.distance import compare, frobenius_norm
+from tcompress.linalg.output_error import best_in_metric
 from tcompress.linalg.scaling import even_ranges
-from tcompress.linalg.svd import truncated_svd
+from tcompress.linalg.svd import scaled_to_unit, times_power_of_two, truncated_svd
 from tcompress.linalg.tucker import tucker, usable_ranks
 
 METHODS = ("tucker", "svd")
+_LEAST = 1e-6  # of the largest size of a row: what others are taken to have at least, to be divided by
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,21 @@ class Joint(GroupFormat):
         exceed = p > shape[0] or q > shape[1]
         return (f"ranks {listed(ranks)} are clipped to {shape[0]} and {shape[1]}",) if exceed else ()
 
-    def fit_together(self, weights: Sequence[Tensor]) -> tuple[Factors, list[Factors]]:
+    def fit_together(self, weights: Sequence[Tensor], metrics: Sequence[Metric] = ()) -> Fit:
+        plain, shape = self._fit(weights), tuple(weights[0].shape)
+        if all(metric.is_plain for metric in metrics):
+            return plain
+        units, starts = unit_metrics(weights, metrics), [plain]
+        if self.method == "svd":
+            starts.append(_basis_for_outputs(weights, units, self._basis_rank(shape, len(weights))))
+
+        def load(factors: Mapping[str, Tensor]) -> Factorization:
+            return self.load(shape, factors)
+
+        best = min(starts, key=lambda found: error_together(load, found, weights, units))
+        return refined_together(load, best, weights, units)
+
+    def _fit(self, weights: Sequence[Tensor]) -> Fit:
         shape = tuple(weights[0].shape)
         norms = [frobenius_norm(weight) for weight in weights]
         scaled = [
@@ -206,7 +225,7 @@ class JointMember(StagedFactorization):
         return Stages(self.out_basis, middle.reshape(*middle.shape[:2], *self.shape[2:]), self.in_basis.T)
 
 
-def _shared_basis(stack: Tensor, norms: Sequence[float], rank: int) -> tuple[Factors, list[Factors]]:
+def _shared_basis(stack: Tensor, norms: Sequence[float], rank: int) -> Fit:
     """Return the shared rows and each member's coefficients, from the SVD of the outputs stacked: (N * out, in * k)."""
     members, out = stack.shape[:2]
     left, values, right = truncated_svd(stack.reshape(members * out, -1), rank)
@@ -214,6 +233,32 @@ def _shared_basis(stack: Tensor, norms: Sequence[float], rank: int) -> tuple[Fac
     parts = (left * root).reshape(members, out, -1)
     lefts = torch.stack([part.double() * norm for part, norm in zip(parts, norms, strict=True)])
     right, lefts = _in_range([root[:, None] * right, lefts], left.dtype)
+    return {"right": right}, [{"left": part} for part in lefts.unbind()]
+
+
+def _basis_for_outputs(weights: Sequence[Tensor], metrics: Sequence[Metric], rank: int) -> Fit:
+    """Return what is best if all inputs were alike but for their size: the rows that a mean metric asks for.
+
+    Where rows count, each in its own way, it is the best of all.
+    """
+    dtype, out, fan_in = weights[0].dtype, len(weights[0]), weights[0][0].numel()
+    inputs = [of_inputs(metric, fan_in) for metric in metrics]
+    if any(gram.ndim == 2 for gram in inputs):
+        inputs = [torch.diag(gram) if gram.ndim == 1 else gram for gram in inputs]
+    powers = [(gram if gram.ndim == 1 else gram.diagonal()).mean() for gram in inputs]
+    counts = [metric.rows for metric in metrics]
+    sizes = torch.stack(
+        [(power if rows is None else rows).sqrt().expand(out) for power, rows in zip(powers, counts, strict=True)]
+    )
+    sizes = sizes.clamp_min(_LEAST * float(sizes.max()))[:, :, None]  # (N, out, 1)
+    mean = torch.stack([gram / power for gram, power in zip(inputs, powers, strict=True)]).mean(dim=0)
+    stack = torch.stack([matrix_of(weight) for weight in weights]).double() * sizes
+    matrix, exponent = scaled_to_unit(stack.reshape(-1, fan_in))
+    product = best_in_metric(matrix.to(dtype), rank, mean.to(dtype))
+    inner, values, right = truncated_svd(product.left.T @ matrix.to(dtype), rank)
+    root = values.sqrt()
+    lefts = times_power_of_two((product.left @ inner * root).reshape(len(weights), out, -1) / sizes, exponent)
+    right, lefts = _in_range([root[:, None] * right, lefts], dtype)
     return {"right": right}, [{"left": part} for part in lefts.unbind()]
 
 

@@ -13,24 +13,35 @@ from torch import Tensor
 
 from tcompress.errors import NumericalError
 from tcompress.formats.base import Factorization, Format, matrix_of
-from tcompress.linalg.output_error import times
+from tcompress.linalg.output_error import require_moment, times
 
 
 @dataclass(frozen=True)
 class Metric:
-    """gram: G; rows: c, all above zero. At most one of them; with neither all entries count alike."""
+    """gram: G; rows: c, all above zero. At most one of them; with neither all entries count alike.
+
+    mean: of the input, (fan_in,), where it is known beside G.
+    """
 
     gram: Tensor | None = None
     rows: Tensor | None = None
+    mean: Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether the error is that of the weight itself."""
         return self.gram is None and self.rows is None
 
+    def require_fit(self, weight: Tensor) -> None:
+        """Raise NumericalError unless this can be a metric of the weight's errors."""
+        if self.gram is not None:
+            require_moment(self.gram, weight[0].numel())
+        elif self.rows is not None and (self.rows.shape != weight.shape[:1] or not bool((self.rows > 0).all())):
+            raise NumericalError(f"what rows count is {len(weight)} positive numbers, got {tuple(self.rows.shape)}")
+
     def like(self, weight: Tensor) -> Metric:
         """Return the metric on the weight's device, in its type."""
-        return Metric(*(None if each is None else each.to(weight) for each in (self.gram, self.rows)))
+        return Metric(*(None if each is None else each.to(weight) for each in (self.gram, self.rows, self.mean)))
 
     def square(self, error: Tensor) -> float:
         """Return tr(E G ET), or tr(ET diag(c) E), summed in float64."""
@@ -40,6 +51,17 @@ class Metric:
         if self.gram is None:
             return float(torch.linalg.vector_norm(matrix)) ** 2
         return max(0.0, float((times(matrix, self.gram) * matrix).sum(dtype=torch.float64)))
+
+    def spread(self, weight: Tensor) -> float:
+        """Return the part of the output's mean square that is not the square of its mean: 1 where this is not known.
+
+        What inputs have in common tells them not apart, however large it is.
+        """
+        whole = self.square(weight)
+        if self.mean is None or not whole:
+            return 1.0
+        common = float((matrix_of(weight).double() @ self.mean.double()).square().sum())
+        return max(1.0 - common / whole, 0.0)
 
     def counted(self, weight: Tensor) -> float:
         """Return how many values of the weight count, as if all of these did alike: all, or those of so many rows.
@@ -69,8 +91,7 @@ class Metric:
         """
         if self.rows is None or not setting.by_rows:
             return setting.fit(weight) if self.gram is None else setting.fit(weight, self.gram)
-        if tuple(self.rows.shape) != tuple(weight.shape[:1]) or not bool((self.rows > 0).all()):
-            raise NumericalError(f"what rows count is {len(weight)} positive numbers, got {tuple(self.rows.shape)}")
+        self.require_fit(weight)
         sizes = self._sizes(weight)
         found = setting.fit(weight * sizes)
         found.scale_rows(1 / sizes.reshape(-1))

@@ -56,7 +56,8 @@ def refine(
     """Return factors with a smaller tr(E G ET): never worse than the given ones, as far as rounding can tell.
 
     rebuild: factors -> (m, n), linear (or, with a summand it does not enter, affine) in each of them, differentiable,
-    in whatever type they have. target: (m, n), finite. gram: (n, n), or its diagonal (n,), of moderate size.
+    in whatever type they have. target: (m, n), finite. gram: (n, n), or its diagonal (n,), of moderate size. Several
+    matrices may be one target, (N, m, n), each with a moment of its own, (N, n, n); the sum of their errors counts.
     keeps_zeros: entries that are zero stay so: the supports of sparse factors. rounds: over all factors, at most.
     """
     scaled, exponent = scaled_to_unit(target.detach())
@@ -131,7 +132,8 @@ def _curvatures(problem: _Problem, state: Sequence[Tensor], position: int) -> Te
     matrices, nothing is left out but what lies off the diagonal of G.
     """
     squares = [factor.square() for factor in state]
-    weights = (problem.gram if problem.gram.ndim == 1 else problem.gram.diagonal()).clamp_min(0)
+    gram = problem.gram
+    weights = (gram if gram.ndim == 1 else gram.diagonal(dim1=-2, dim2=-1)).clamp_min(0).unsqueeze(-2)
     weights = times_power_of_two(weights, -problem.exponent)  # the unit enters squared, like the factors
     with torch.enable_grad():
         variable = squares[position].requires_grad_()

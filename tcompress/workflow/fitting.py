@@ -101,14 +101,22 @@ def fit_several(
 
 
 def fit_group(
-    weights: Sequence[Tensor], setting: GroupFormat, *, store: torch.dtype, device: torch.device
+    weights: Sequence[Tensor],
+    setting: GroupFormat,
+    *,
+    store: torch.dtype,
+    device: torch.device,
+    targets: Sequence[Tensor] | None = None,
+    metrics: Sequence[Metric] = (),
 ) -> tuple[dict[str, StoredFactor], list[Fitted]]:
     """Fit one format to several weights: the shared factors, and what is each weight's own with its error.
 
-    Raises as ``fit``.
+    targets, metrics: as in ``fit``, one for each weight; without metrics all errors count alike. Raises as ``fit``.
     """
     started = time.perf_counter()
-    shared, own = setting.fit_together([working_copy(weight, device) for weight in weights])
+    wanted = [working_copy(weight, device) for weight in (weights if targets is None else targets)]
+    seen = [metric.like(weight) for weight, metric in zip(wanted, metrics, strict=True)] if metrics else ()
+    shared, own = setting.fit_together(wanted, seen)
     planned_shared, planned_own = setting.group_specs(tuple(weights[0].shape), store, len(weights))
     stored = _stored(dict(shared), setting, planned_shared, store)
     fitted = []

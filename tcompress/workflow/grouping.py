@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.manifest import shared_stem
@@ -16,6 +17,8 @@ from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.errors import NumericalError, UsageError, printable
 from tcompress.formats import Format
 from tcompress.formats.grouped import GroupFormat
+from tcompress.formats.metric import Metric
+from tcompress.workflow.aims import Aim
 from tcompress.workflow.fitting import Fitted, fit, fit_group, working_copy
 from tcompress.workflow.layout import added_header_bytes, shared_header_bytes
 from tcompress.workflow.plan import Rule, Target
@@ -130,11 +133,38 @@ def find_shared(checkpoint: Checkpoint, group: Group, store: torch.dtype, device
 
 
 def fit_shared(
-    checkpoint: Checkpoint, shared: Shared, store: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    shared: Shared,
+    store: torch.dtype,
+    device: torch.device,
+    aims: Sequence[Aim | None] = (),
 ) -> tuple[Mapping[str, StoredFactor], list[Fitted]]:
-    """Fit the group; all of its weights are in memory at once."""
+    """Fit the group; all of its weights are in memory at once, and what is known of their inputs.
+
+    aims: what each member is to become, None for one of whose input nothing is known; without any all errors of the
+    weights count alike.
+    """
     weights = [checkpoint.read(layer.name) for layer in shared.layers]
-    return fit_group(weights, shared.setting, store=store, device=device)
+    if all(aim is None for aim in aims):
+        return fit_group(weights, shared.setting, store=store, device=device)
+    targets = [weight if aim is None else aim.target for weight, aim in zip(weights, aims, strict=True)]
+    metrics = [_counting_alike(target, aim) for target, aim in zip(targets, aims, strict=True)]
+    return fit_group(weights, shared.setting, store=store, device=device, targets=targets, metrics=metrics)
+
+
+def _counting_alike(target: Tensor, aim: Aim | None) -> Metric:
+    """Return the metric in which nothing has an error of one, so that the member with the largest output does not win.
+
+    Of a member of whose input nothing is known it is the relative error of the weight that counts.
+    """
+    wide = target.double()
+    metric = (
+        Metric(rows=torch.ones(len(wide), dtype=wide.dtype, device=wide.device))
+        if aim is None
+        else aim.metric.like(wide)
+    )
+    whole = metric.square(wide) or 1.0
+    return Metric(*(None if each is None else each / whole for each in (metric.gram, metric.rows)))
 
 
 def _setting(checkpoint: Checkpoint, group: Group, store: torch.dtype, device: torch.device) -> GroupFormat | str:

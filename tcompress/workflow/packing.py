@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from tcompress.checkpoint.journal import Journal, Record
+from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.manifest import Entry, Factor, parse_entry, shared_stem
 from tcompress.checkpoint.mapped import tensor_of
 from tcompress.checkpoint.reader import Checkpoint, TensorInfo
 from tcompress.checkpoint.writer import Piece
 from tcompress.encodings import find
 from tcompress.errors import FormatError, NumericalError
+from tcompress.formats import Format
+from tcompress.workflow.aims import Aim
 from tcompress.workflow.fitting import Fitted, fit
 from tcompress.workflow.grouping import Shared, fit_shared
 from tcompress.workflow.layout import described, entry_of, stored_name
@@ -65,8 +68,8 @@ def fit_all(
         before_each()
         decision = decided[layer.name]
         members = [decision] if decision.shared is None else [decided[each.name] for each in decision.shared.layers]
-        if layer == members[0].layer:
-            key = f"layer {layer.name}"
+        if layer.name not in packed and layer.name not in results:  # the first of its group that comes
+            key = f"layer {members[0].layer.name}"
             known = key in journal
             found = None if known else _finished(checkpoint, members, settings, reconstruction)
             record = journal[key] if found is None else journal.put(key, *found)
@@ -81,25 +84,40 @@ def _finished(
 ) -> tuple[Mapping[str, Any], list[Named]]:
     """Fit a layer, or a group as one: what is to be written down, and its tensors in the order of the members."""
     first = members[0]
-    assert first.format is not None  # noqa: S101
-    layer, weight = first.layer, checkpoint.read(first.layer.name)
-    alone = reconstruction is not None and first.shared is None
-    aim = reconstruction.aim(layer, weight) if reconstruction is not None and alone else None
-    towards: dict[str, Any] = {} if aim is None else {"target": aim.target, "metric": aim.metric}
+    # A group is fitted when the first of its members is reached. Those that lie deeper are aimed at what gets there
+    # through the prefix so far: what is between is still dense, and cannot be known before the group is.
+    aims = [
+        None if reconstruction is None else reconstruction.aim(each.layer, checkpoint.read(each.layer.name))
+        for each in members
+    ]
     try:
         if first.shared is not None:
-            return _finished_group(checkpoint, first.shared, first.stored_type, settings)
-        found = fit(weight, first.format, store=first.stored_type, device=settings.device, **towards)
+            return _finished_group(checkpoint, first.shared, first.stored_type, settings, aims)
+        return _finished_alone(checkpoint, first, settings, aims[0])
     except (NumericalError, FormatError) as error:
         # A layer that cannot be factorised is no reason to lose the others: it stays as it was, and says why.
         return {"reason": error.reason}, []
-    entry = entry_of(layer, first.format, found.specs(), norm=found.norm, relative_error=found.relative_error)
+
+
+def _finished_alone(
+    checkpoint: Checkpoint, decision: Decision, settings: Settings, aim: Aim | None
+) -> tuple[Mapping[str, Any], list[Named]]:
+    layer, setting, weight = decision.layer, decision.format, checkpoint.read(decision.layer.name)
+    assert setting is not None  # noqa: S101
+    towards: dict[str, Any] = {} if aim is None else {"target": aim.target, "metric": aim.metric}
+    found = fit(weight, setting, store=decision.stored_type, device=settings.device, **towards)
+    entry = entry_of(layer, setting, found.specs(), norm=found.norm, relative_error=found.relative_error)
     parts = list(_parts(layer.name, found.stored, layer.name))
-    described = _described(entry, found, found.stored_bytes, len(parts))
+    told = _described(entry, found, found.stored_bytes, len(parts))
     if aim is not None:
-        rebuilt = rebuild(first.format, layer.shape, found.factors, dtype=weight.dtype, device=settings.device)
-        described["output_error"] = aim.output_error(rebuilt)
-    return {"members": [described]}, parts
+        told["output_error"] = _output_error(aim, layer, setting, found.factors, settings)
+    return {"members": [told]}, parts
+
+
+def _output_error(aim: Aim, layer: Layer, setting: Format, factors: Mapping[str, Tensor], settings: Settings) -> float:
+    dtype = layer.dtype.torch
+    assert dtype is not None, "layers are of floating types"  # noqa: S101
+    return aim.output_error(rebuild(setting, layer.shape, factors, dtype=dtype, device=settings.device))
 
 
 def _install(
@@ -137,18 +155,23 @@ def _read(piece: Piece) -> Tensor:
 
 
 def _finished_group(
-    checkpoint: Checkpoint, shared: Shared, store: torch.dtype, settings: Settings
+    checkpoint: Checkpoint, shared: Shared, store: torch.dtype, settings: Settings, aims: Sequence[Aim | None]
 ) -> tuple[Mapping[str, Any], list[Named]]:
     """Fit a group; its shared factors go with the first member, and all members into one shard."""
     stem = shared_stem(shared.name)
-    factors, found = fit_shared(checkpoint, shared, store, settings.device)
+    factors, found = fit_shared(checkpoint, shared, store, settings.device, aims)
     members, parts = [], list(_parts(stem, factors, stem))
     before = 0
-    for layer, each in zip(shared.layers, found, strict=True):
+    common = {name: factor.values for name, factor in factors.items()}
+    for layer, each, aim in zip(shared.layers, found, aims, strict=True):
         figures = {"norm": each.norm, "relative_error": each.relative_error}
         entry = entry_of(layer, shared.setting, shared.own, group=shared.name, **figures)
         parts += _parts(layer.name, each.stored, stem)
-        members.append(_described(entry, each, shared.bytes_of(layer), len(parts) - before))
+        told = _described(entry, each, shared.bytes_of(layer), len(parts) - before)
+        if aim is not None:
+            whole = {**common, **each.factors}
+            told["output_error"] = _output_error(aim, layer, shared.setting, whole, settings)
+        members.append(told)
         before = len(parts)
     return {"members": members}, parts
 

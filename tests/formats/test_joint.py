@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tcompress.errors import FormatError
+from tcompress.errors import FormatError, NumericalError
 from tcompress.formats.joint import Joint
+from tcompress.formats.metric import Metric
 from tcompress.formats.svd import SVD
 from tcompress.formats.tucker import Tucker
 
@@ -175,3 +176,128 @@ def test_senseless_options_are_refused_by_name(options, said):
     with pytest.raises(FormatError) as caught:
         Joint(**options)
     assert str(caught.value).startswith(said)
+
+
+def moment(fan_in, count, seed):
+    """The second moment of so many inputs that vary in size and depend on each other."""
+    mixing = tensor_of(fan_in, fan_in, seed=seed) * tensor_of(fan_in, seed=seed + 1)
+    inputs = tensor_of(count, fan_in, seed=seed + 2) @ mixing
+    return inputs.T @ inputs / count
+
+
+def metrics_of(kind, members, out, fan_in):
+    full = [Metric(moment(fan_in, 3 * fan_in, 10 * k)) for k in range(members)]
+    if kind == "full":
+        return full
+    if kind == "rank-deficient":
+        return [Metric(moment(fan_in, fan_in // 2, 10 * k)) for k in range(members)]
+    if kind == "dead inputs":
+        alive = (torch.arange(fan_in) % 3 != 1).float()
+        return [Metric(metric.gram * torch.outer(alive, alive)) for metric in full]
+    diagonals = [Metric(metric.gram.diagonal().clone()) for metric in full]
+    rows = [Metric(rows=tensor_of(out, seed=k).square() + 0.01) for k in range(members)]
+    mixed = [full[0], *diagonals[1:2], Metric(), *rows[3:]]
+    return {"diagonal": diagonals, "rows": rows, "mixed": mixed}[kind]
+
+
+def summed(setting, weights, metrics, found):
+    shape = tuple(weights[0].shape)
+    total = 0.0
+    for weight, own, metric in zip(weights, found[1], metrics, strict=True):
+        error = (
+            (weight - setting.load(shape, {**found[0], **own}).reconstruct().detach()).double().reshape(len(weight), -1)
+        )
+        if metric.rows is not None:
+            total += float((error.square().sum(1) * metric.rows).sum())
+        else:
+            gram = torch.ones(error.shape[1]) if metric.gram is None else metric.gram
+            gram = (torch.diag(gram) if gram.ndim == 1 else gram).double()
+            total += float((error @ gram * error).sum())
+    return total
+
+
+JOINTS = [Joint(ranks=(2, 5, 5)), Joint(rank=5, method="svd")]
+KINDS = ["full", "rank-deficient", "diagonal", "rows", "dead inputs", "mixed"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("setting", JOINTS, ids=str)
+@pytest.mark.parametrize("shape", [(24, 20), (8, 6, 3, 3)], ids=str)
+def test_knowing_what_counts_makes_the_summed_error_small_and_never_larger(shape, setting, kind):
+    weights = [tensor_of(*shape, seed=k) * 3.0**k for k in range(4)]
+    metrics = metrics_of(kind, 4, shape[0], weights[0][0].numel())
+    plain, found = setting.fit_together(weights), setting.fit_together(weights, metrics)
+    before, after = (summed(setting, weights, metrics, each) for each in (plain, found))
+    assert after < (1 if kind == "mixed" else 0.95) * before
+    assert all(bool(factor.isfinite().all()) for each in (found[0], *found[1]) for factor in each.values())
+
+
+@pytest.mark.parametrize("setting", JOINTS, ids=str)
+def test_a_fit_for_outputs_is_the_same_each_time_and_leaves_what_it_is_given_alone(setting):
+    weights, metrics = [tensor_of(24, 20, seed=k) for k in range(3)], metrics_of("full", 3, 24, 20)
+    first, second = (setting.fit_together(weights, metrics) for _ in range(2))
+    specs = setting.group_specs((24, 20), torch.float32, 3)
+    for one, two, announced in zip((first[0], first[1][2]), (second[0], second[1][2]), specs, strict=True):
+        assert {name: tuple(factor.shape) for name, factor in one.items()} == {
+            name: spec.shape for name, spec in announced.items()
+        }
+        assert all(torch.equal(factor, two[name]) for name, factor in one.items())
+    assert all(torch.equal(weight, tensor_of(24, 20, seed=k)) for k, weight in enumerate(weights))
+    kept = metrics_of("full", 3, 24, 20)
+    assert all(torch.equal(one.gram, two.gram) for one, two in zip(metrics, kept, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["full", "rank-deficient", "rows"])
+def test_a_basis_for_inputs_that_are_alike_or_for_rows_is_the_best_there_is(kind):
+    weights = [tensor_of(24, 20, seed=k) * 2.0**k for k in range(3)]
+    if kind == "rows":
+        metrics = metrics_of(kind, 3, 24, 20)
+        seen = [weight * metric.rows.sqrt()[:, None] for weight, metric in zip(weights, metrics, strict=True)]
+    else:
+        gram = metrics_of(kind, 1, 24, 20)[0].gram
+        metrics = [Metric(gram * 9.0**k) for k in range(3)]
+        values, vectors = torch.linalg.eigh(gram.double())
+        root = vectors * values.clamp_min(0).sqrt()
+        seen = [3.0**k * weight.double() @ root for k, weight in enumerate(weights)]
+    setting = Joint(rank=6, method="svd")
+    lost = torch.linalg.svdvals(torch.cat(seen).double())[6:].square().sum()
+    found = setting.fit_together(weights, metrics)
+    assert summed(setting, weights, metrics, found) == pytest.approx(float(lost), rel=1e-3)
+
+
+@pytest.mark.parametrize("setting", JOINTS, ids=str)
+def test_a_member_that_counts_more_is_kept_better(setting):
+    weights = [tensor_of(24, 20, seed=k) for k in range(3)]
+    errors_of_first = []
+    for size in (1.0, 100.0):
+        metrics = [Metric(size * torch.ones(20)), Metric(torch.ones(20)), Metric(torch.ones(20))]
+        found = setting.fit_together(weights, metrics)
+        errors_of_first.append(summed(setting, weights[:1], [Metric()], (found[0], found[1][:1])))
+    assert errors_of_first[1] < 0.9 * errors_of_first[0]
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+@pytest.mark.parametrize("setting", JOINTS, ids=str)
+def test_weights_and_moments_of_any_size_are_fitted(setting, scale):
+    weights = [tensor_of(24, 20, seed=k) for k in range(3)]
+    metrics = metrics_of("full", 3, 24, 20)
+    expected = summed(setting, weights, metrics, setting.fit_together(weights, metrics))
+    shared, own = setting.fit_together([w * scale for w in weights], [Metric(m.gram / scale) for m in metrics])
+    wide = {name: factor.double() for name, factor in shared.items()}
+    back = [{name: factor.double() / scale for name, factor in each.items()} for each in own]
+    assert summed(setting, weights, metrics, (wide, back)) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ([Metric(torch.eye(20))], "2 weights have as many metrics, got 1"),
+        ([Metric(torch.eye(20)), Metric(torch.eye(24))], "second moment"),
+        ([Metric(), Metric(torch.full((20, 20), torch.nan))], "second moment"),
+        ([Metric(rows=torch.ones(24)), Metric(rows=torch.ones(20))], "24 positive numbers"),
+        ([Metric(rows=torch.ones(24)), Metric(rows=torch.zeros(24))], "24 positive numbers"),
+    ],
+)
+def test_metrics_that_are_not_those_of_the_weights_are_refused(metrics, said):
+    with pytest.raises(NumericalError, match=said):
+        Joint(rank=3).fit_together([tensor_of(24, 20), tensor_of(24, 20, seed=1)], metrics)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tcompress.checkpoint.opening import open_checkpoint
 from tcompress.errors import UsageError
@@ -17,7 +17,10 @@ from tcompress.workflow.compression import compress, dry_run
 from tcompress.workflow.decompression import decompress
 from tcompress.workflow.inspection import inspect
 from tcompress.workflow.plan import Target, parse_plan, plan_for
+from tcompress.workflow.reconstruction import Reconstruction
 from tcompress.workflow.settings import Settings
+from tcompress.workflow.task import load_task
+from tcompress.workflow.tracing import NEEDS
 from tcompress.workflow.verification import verify
 
 
@@ -223,3 +226,91 @@ def test_damage_to_a_shared_factor_is_found(family, tmp_path):
     path.write_bytes(content)
     problems = verify(open_checkpoint(path)).problems
     assert any("shared.layers.#.fc.weight" in problem for problem in problems)
+
+
+TASK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(40, 40, bias=False) for _ in range(2))
+        self.middle = nn.Linear(40, 40, bias=False)
+
+    def forward(self, x):  # the second of the group comes first
+        return self.layers[0](torch.relu(self.middle(torch.relu(self.layers[1](x)))))
+
+def model():
+    return Net()
+
+def calibration_batches():
+    random = torch.Generator().manual_seed(1)
+    mix = torch.randn(40, 40, generator=random) * torch.rand(40, generator=random) ** 3
+    return [torch.randn(64, 40, generator=random) @ mix for _ in range(4)]
+"""
+PAIR = {
+    "version": 1,
+    "rules": [
+        {"match": "layers.*", "format": "joint", "ranks": [2, 6, 6], "together": "pair"},
+        {"match": "middle.*", "format": "svd", "rank": 8},
+    ],
+}
+
+
+@pytest.fixture
+def net(tmp_path):
+    (tmp_path / "task.py").write_text(TASK)
+    task = load_task(str(tmp_path / "task.py"), NEEDS)
+    one, two = siblings(2, out=40, in_=40, rank=8, noise=0.2)
+    middle = torch.randn(40, 40, generator=torch.Generator().manual_seed(3))
+    tensors = {"layers.0.weight": one / 40, "layers.1.weight": two / 10, "middle.weight": middle}
+    save_file(tensors, tmp_path / "net.safetensors")
+    return task, tensors, tmp_path / "net.safetensors"
+
+
+def rebuilt(path, task, tmp_path, name):
+    """What compressing with the task or without makes of the net: its dense weights, and what was told of each."""
+    out, dense = tmp_path / f"{name}.safetensors", tmp_path / f"{name}-dense.safetensors"
+    with open_checkpoint(path) as checkpoint:
+        models = None if task is None else Reconstruction(checkpoint, task)
+        result = compress(checkpoint, parse_plan(PAIR, "plan"), out=out, reconstruction=models)
+    assert all(row.format is not None for row in result.layers)
+    with open_checkpoint(out) as small:
+        assert verify(small, against=open_checkpoint(path)).problems == ()
+        decompress(small, out=dense)
+    return load_file(dense), {row.layer.name: row.output_error for row in result.layers}
+
+
+def test_a_group_is_fitted_for_the_outputs_of_its_members_when_the_first_is_reached(net, tmp_path):
+    task, was, path = net
+    alone, untold = rebuilt(path, None, tmp_path, "alone")
+    found, told = rebuilt(path, task, tmp_path, "behind")
+    assert set(untold.values()) == {None}
+    x = torch.cat(list(task.calibration_batches()))
+
+    def off(now, name, before, behind):
+        wanted = before @ was[name].T
+        return float((wanted - behind @ now[name].T).norm() / wanted.norm())
+
+    first, reached = (x @ was["layers.1.weight"].T).relu(), (x @ found["layers.1.weight"].T).relu()
+    last = (first @ was["middle.weight"].T).relu()
+    assert told["layers.1.weight"] == pytest.approx(off(found, "layers.1.weight", x, x), rel=1e-3)
+    # Of the other member no more is known then than what gets there in the dense model.
+    assert told["layers.0.weight"] == pytest.approx(off(found, "layers.0.weight", last, last), rel=1e-3)
+    # The layer between them is fitted behind the group.
+    assert told["middle.weight"] == pytest.approx(off(found, "middle.weight", first, reached), rel=1e-3)
+    squares = [
+        off(each, "layers.1.weight", x, x) ** 2 + off(each, "layers.0.weight", last, last) ** 2
+        for each in (found, alone)
+    ]
+    assert squares[0] < 0.8 * squares[1]
+
+
+def test_a_group_member_that_the_model_never_calls_counts_by_its_weight(net, tmp_path):
+    _, was, path = net
+    (tmp_path / "task.py").write_text(TASK.replace("self.layers[0](", "("))
+    found, told = rebuilt(path, load_task(str(tmp_path / "task.py"), NEEDS), tmp_path, "behind")
+    assert told["layers.0.weight"] is None
+    assert told["layers.1.weight"] < 0.5
+    assert (found["layers.0.weight"] - was["layers.0.weight"]).norm() < 0.5 * was["layers.0.weight"].norm()
