@@ -18,14 +18,10 @@ from tcompress.linalg.output_error import require_moment, times
 
 @dataclass(frozen=True)
 class Metric:
-    """gram: G; rows: c, all above zero. At most one of them; with neither all entries count alike.
-
-    mean: of the input, (fan_in,), where it is known beside G.
-    """
+    """gram: G; rows: c, all above zero. At most one of them; with neither all entries count alike."""
 
     gram: Tensor | None = None
     rows: Tensor | None = None
-    mean: Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -41,7 +37,7 @@ class Metric:
 
     def like(self, weight: Tensor) -> Metric:
         """Return the metric on the weight's device, in its type."""
-        return Metric(*(None if each is None else each.to(weight) for each in (self.gram, self.rows, self.mean)))
+        return Metric(*(None if each is None else each.to(weight) for each in (self.gram, self.rows)))
 
     def square(self, error: Tensor) -> float:
         """Return tr(E G ET), or tr(ET diag(c) E), summed in float64."""
@@ -51,17 +47,6 @@ class Metric:
         if self.gram is None:
             return float(torch.linalg.vector_norm(matrix)) ** 2
         return max(0.0, float((times(matrix, self.gram) * matrix).sum(dtype=torch.float64)))
-
-    def spread(self, weight: Tensor) -> float:
-        """Return the part of the output's mean square that is not the square of its mean: 1 where this is not known.
-
-        What inputs have in common tells them not apart, however large it is.
-        """
-        whole = self.square(weight)
-        if self.mean is None or not whole:
-            return 1.0
-        common = float((matrix_of(weight).double() @ self.mean.double()).square().sum())
-        return max(1.0 - common / whole, 0.0)
 
     def counted(self, weight: Tensor) -> float:
         """Return how many values of the weight count, as if all of these did alike: all, or those of so many rows.
