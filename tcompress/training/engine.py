@@ -12,7 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -26,6 +26,7 @@ from tcompress.training.history import Row
 from tcompress.training.losses import Losses, naming
 from tcompress.training.objective import Objective
 from tcompress.training.options import Defaults, TrainingOptions
+from tcompress.training.outcome import Best, Outcome, Position
 from tcompress.training.schedule import make_optimizer, make_scheduler
 from tcompress.training.state import SavedState, random_state, set_random_state
 from tcompress.training.watching import Moment, Watch
@@ -36,47 +37,6 @@ try:
     from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 except ImportError as error:
     raise ImportError(f"training needs accelerate ({error}): pip install 'tcompress[train]'") from error
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far a run is. steps_of_epoch: already made in the epoch that is under way. losses: their sum.
-
-    idle: epochs without a better score. seconds: of training, over all starts.
-    """
-
-    epoch: int = 1
-    step: int = 0
-    steps_of_epoch: int = 0
-    losses: float = 0.0
-    idle: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best epoch, 0 for the model as it came, and its state dict on the CPU."""
-
-    epoch: int
-    scores: Mapping[str, float]
-    values: Mapping[str, Tensor]
-
-    @property
-    def score(self) -> tuple[str, float]:
-        """The name and the value of the first score."""
-        return next(iter(self.scores.items()))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to. problem: why it ended before its time, None where it did not. resumed_at: a step, or None."""
-
-    best: Best
-    rows: tuple[Row, ...]
-    steps: int
-    seconds: float
-    problem: str | None
-    resumed_at: int | None
 
 
 def make_accelerator(device: torch.device | None) -> Accelerator:

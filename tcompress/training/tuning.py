@@ -21,12 +21,13 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.unchanged import Witness
 from tcompress.errors import NumericalError, UsageError
 from tcompress.runtime.install import collect
-from tcompress.training.engine import Engine, Outcome, make_accelerator
+from tcompress.training.engine import Engine, make_accelerator
 from tcompress.training.factors import as_stored, let_learn
 from tcompress.training.history import Row, write_history
 from tcompress.training.methods import METHODS
 from tcompress.training.objective import Method
 from tcompress.training.options import TrainingOptions
+from tcompress.training.outcome import Outcome
 from tcompress.training.state import SavedState
 from tcompress.training.watching import Watch, unwatched
 from tcompress.version import __version__

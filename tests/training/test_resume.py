@@ -101,3 +101,22 @@ def test_an_error_after_hours_leaves_the_state(path, tune, tmp_path, monkeypatch
     assert "went on from step 5 of a run that was stopped" in result.notes
     assert result.output.sha256 == whole.sha256
     assert not Path(tmp_path / ".tuned.safetensors.partial").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_take_turns_and_go_on_to_the_same_bytes_too(path, tmp_path):
+    (tmp_path / "task.py").write_text(CNN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+    def launch(out: str, **more: str) -> subprocess.CompletedProcess[str]:
+        words = ["finetune", str(path), "--task", "task.py", "--epochs", "3", "--device", "cpu", "-o", out]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tcompress"]
+        program = [sys.executable, *launcher, *words, "--save-every", str(OFTEN), "--threads", "1"]
+        known = {**environment, **more}
+        return subprocess.run(program, cwd=tmp_path, env=known, capture_output=True, text=True, check=False)
+
+    assert launch("killed.safetensors", DIE_AT="4").returncode != 0
+    again = launch("killed.safetensors")
+    assert "went on from step 3 of a run that was stopped" in again.stdout, again.stderr
+    assert "6 steps in 3 epoch(s) on cpu:0 in 2 processes" in launch("whole.safetensors").stdout
+    assert (tmp_path / "killed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
