@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from tcompress.checkpoint.opening import open_checkpoint
     from tcompress.formats import FORMATS
     from tcompress.runtime.install import collect
+    from tcompress.training.methods import make_method
+    from tcompress.training.options import TrainingOptions
+    from tcompress.training.tuning import finetune
     from tcompress.workflow.analysis import analyze
     from tcompress.workflow.budgeting import make_plan
     from tcompress.workflow.calibration import calibrate
@@ -36,6 +39,7 @@ __all__ = [
     "Reconstruction",
     "Settings",
     "Target",
+    "TrainingOptions",
     "__version__",
     "analyze",
     "calibrate",
@@ -45,10 +49,12 @@ __all__ = [
     "dry_run",
     "evaluate",
     "export_onnx",
+    "finetune",
     "inspect",
     "load_into",
     "load_state_dict",
     "load_task",
+    "make_method",
     "make_plan",
     "open_checkpoint",
     "plan_for",
@@ -63,6 +69,7 @@ _HOME = {
     "Reconstruction": "tcompress.workflow.reconstruction",
     "Settings": "tcompress.workflow.settings",
     "Target": "tcompress.workflow.plan",
+    "TrainingOptions": "tcompress.training.options",
     "analyze": "tcompress.workflow.analysis",
     "calibrate": "tcompress.workflow.calibration",
     "collect": "tcompress.runtime.install",
@@ -71,10 +78,12 @@ _HOME = {
     "dry_run": "tcompress.workflow.compression",
     "evaluate": "tcompress.workflow.evaluation",
     "export_onnx": "tcompress.workflow.exporting",
+    "finetune": "tcompress.training.tuning",
     "inspect": "tcompress.workflow.inspection",
     "load_into": "tcompress.workflow.loading",
     "load_state_dict": "tcompress.workflow.loading",
     "load_task": "tcompress.workflow.task",
+    "make_method": "tcompress.training.methods",
     "make_plan": "tcompress.workflow.budgeting",
     "open_checkpoint": "tcompress.checkpoint.opening",
     "plan_for": "tcompress.workflow.plan",

@@ -19,9 +19,10 @@ MAY_IMPORT = {
     "formats": {"linalg", "encodings"},
     "runtime": {"formats", "encodings"},
     "workflow": {"runtime", "formats", "linalg", "encodings", "checkpoint"},
-    "report": {"workflow", "formats"},
+    "training": {"workflow", "runtime", "formats", "encodings", "checkpoint"},
+    "report": {"training", "workflow", "formats"},
     "transformers": {"workflow", "runtime", "checkpoint"},
-    "cli": {"report", "workflow", "formats", "checkpoint"},
+    "cli": {"report", "training", "workflow", "formats", "checkpoint"},
 }
 REASONS = {
     ("formats", "checkpoint"): "formats know tensors only, pass the tensor in",
@@ -30,6 +31,7 @@ REASONS = {
     ("workflow", "cli"): "the command line is a door to the workflow, never the other way round",
 }
 ONLY_THERE = {
+    "accelerate": {"training"},
     "matplotlib": {"report"},
     "typer": {"cli"},
     "rich": {"cli", "report"},

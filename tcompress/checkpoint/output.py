@@ -20,8 +20,9 @@ from tcompress.errors import OutputError, Stopped
 
 _CHECKPOINT_MARKS = ("*.safetensors", "*.index.json", "tcompress.json", "pytorch_model*.bin")
 STAGED = "staged.safetensors"  # between two forms of an output
+STATE = "state"  # of a training run, from which it goes on
 _LOCK, _REPLACED = "lock", "replaced"
-_KEPT = {JOURNAL, SPOOL, _LOCK}  # of a stopped run
+_KEPT = {JOURNAL, SPOOL, STATE, _LOCK}  # of a stopped run
 
 
 class Output:
@@ -30,7 +31,8 @@ class Output:
     force: replace what is there. inputs: files and folders that must never be replaced.
 
     ``workspace`` is a folder for work in progress, ``draft`` the file or folder that ``commit`` gives its name. Where
-    ``is_worth_keeping`` says so a signal leaves the workspace's journal for the next run.
+    ``is_worth_keeping`` says so a signal leaves the workspace's journal for the next run; with ``keeps_after_errors``
+    an error does, too.
     Raises OutputError when the output exists, cannot be written, or an OSError passes through the context, LockedError
     while another run writes the same output.
     """
@@ -39,6 +41,7 @@ class Output:
         self.path = path
         self.is_folder = is_folder
         self.is_worth_keeping: Callable[[], bool] = lambda: False
+        self.keeps_after_errors = False
         self._force = force
         self._inputs = [source.resolve() for source in inputs]
         self.workspace = path.parent / f".{path.name}.partial"
@@ -64,7 +67,8 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stopped = isinstance(error, KeyboardInterrupt | Stopped) and self.is_worth_keeping()
+        may_keep = isinstance(error, KeyboardInterrupt | Stopped) or (error is not None and self.keeps_after_errors)
+        stopped = may_keep and self.is_worth_keeping()
         if stopped and error is not None:
             error.add_note(f"the same command goes on with what is finished; or delete {self.workspace}")
         self._leave(keep=stopped)

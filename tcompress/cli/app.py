@@ -12,7 +12,19 @@ from typing import Annotated, Any
 
 import typer
 
-from tcompress.cli import analyze, calibrate, compress, decompress, evaluate, export, formats, inspect, plan, verify
+from tcompress.cli import (
+    analyze,
+    calibrate,
+    compress,
+    decompress,
+    evaluate,
+    export,
+    finetune,
+    formats,
+    inspect,
+    plan,
+    verify,
+)
 from tcompress.errors import Stopped, TcompressError, printable
 from tcompress.version import __version__
 
@@ -40,6 +52,7 @@ for command in (
     decompress.decompress,
     verify.verify,
     evaluate.evaluate,
+    finetune.finetune,
     export.export,
     formats.formats,
 ):

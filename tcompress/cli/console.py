@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from tcompress.errors import printable
 from tcompress.report.documents import Document
 from tcompress.report.writing import json_text
+from tcompress.training.watching import Moment, Watch, unwatched
 from tcompress.workflow.progress import Progress, Step, silent
 
 _WIDE = 160  # columns when the output is a file: a table in a log should not fold at 80
@@ -56,5 +57,32 @@ def progress_bar() -> Iterator[Progress]:
                 tasks[step.task] = bars.add_task(step.task, total=step.total_bytes, layer="")
             layer = f"layer {step.position} of {step.count} {printable(step.layer)}"
             bars.update(tasks[step.task], completed=step.done_bytes, layer=layer)
+
+        yield tell
+
+
+@contextmanager
+def training_bar() -> Iterator[Watch]:
+    """Show epoch, step, loss, score and the time left on stderr, if that is a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield unwatched
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Bars(*columns, console=console, transient=True) as bars:
+        shown = bars.add_task("training", total=None, figures="")
+
+        def tell(moment: Moment) -> None:
+            epoch = f"epoch {moment.epoch}" + ("" if moment.epochs is None else f" of {moment.epochs}")
+            loss = "" if moment.loss is None else f"loss {moment.loss:.4g}, "
+            name, score = moment.score
+            figures = f"{loss}{printable(name)} {score:.5g}"
+            bars.update(shown, description=epoch, completed=moment.step, total=moment.steps, figures=figures)
 
         yield tell

@@ -96,7 +96,7 @@ def _lines(document: Document) -> Iterator[list[str]]:
     quotients = document["compressed_over_dense"]
     for name in dict.fromkeys([*dense["scores"], *compressed["scores"]]):
         pair = [row["scores"].get(name) for row in (dense, compressed)]
-        yield _cells(name, pair, quotients["scores"].get(name), _as_score)
+        yield _cells(name, pair, quotients["scores"].get(name), as_score)
     yield _cells("bytes", [dense["bytes"], compressed["bytes"]], quotients["bytes"], as_bytes)
     for size, quotient in quotients["latency_ms"].items():
         pair = [row["latency_ms"][size] for row in (dense, compressed)]
@@ -112,7 +112,8 @@ def _cells(name: str, pair: list[Any], quotient: float | None, shown: Callable[[
     return [name, *figures, "" if quotient is None else f"{quotient:.3f}"]
 
 
-def _as_score(score: float) -> str:
+def as_score(score: float) -> str:
+    """Return a score with four decimals, or in scientific notation where these say too little."""
     return f"{score:.4f}" if 1e-3 <= abs(score) < 1e5 or score == 0 else f"{score:.3e}"
 
 

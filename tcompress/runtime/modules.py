@@ -84,6 +84,10 @@ class Factorized(nn.Module):
         self._kept.renew(self.factors)
         return self._dense()
 
+    def hold(self, factors: Factorization) -> None:
+        """Take other factors of the same shape in the place of these."""
+        self.factors, self._kept = factors, Kept()
+
     def train(self, mode: bool = True) -> Self:
         self._kept.drop()
         return super().train(mode)

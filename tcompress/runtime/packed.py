@@ -10,11 +10,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tcompress.encodings import Coding
+from tcompress.errors import UsageError
 from tcompress.formats import Format
 from tcompress.formats.base import Factorization, Shape
 
 
-class Packed(nn.Module):
+class Maker(nn.Module):
+    """A module that, called without arguments, returns one factor, of its ``shape``."""
+
+    shape: Shape
+
+
+class Packed(Maker):
     """One factor in its coding. Parts are buffers, but for values that are floating numbers: those are parameters.
 
     Scales and codes keep their types when the model is cast: the values that they make are cast instead.
@@ -60,13 +67,16 @@ class Packed(nn.Module):
         return self
 
 
+Held = nn.Parameter | Maker
+
+
 class PackedFactorization(Factorization):
     """A factorization whose factors are unpacked, or cast, for each use.
 
     setting: the format. stored: every factor's name, as the format has it, and what holds it.
     """
 
-    def __init__(self, setting: Format, shape: Shape, stored: Mapping[str, nn.Parameter | Packed]) -> None:
+    def __init__(self, setting: Format, shape: Shape, stored: Mapping[str, Held]) -> None:
         super().__init__()
         self.shape = shape
         self.names = tuple(stored)
@@ -98,9 +108,7 @@ class PackedFactorization(Factorization):
         return self.run("embedding", torch.float32, ids)
 
 
-def assemble(
-    setting: Format, shape: Shape, stored: Mapping[str, nn.Parameter | Packed], dtype: torch.dtype
-) -> Factorization:
+def assemble(setting: Format, shape: Shape, stored: Mapping[str, Held], dtype: torch.dtype) -> Factorization:
     """Return the factorization that these factors make, holding the very objects, for a layer that computes in a type.
 
     Raises FormatError when they do not make the shape.
@@ -144,7 +152,16 @@ def weight_of(factors: Factorization, dtype: torch.dtype) -> Tensor:
 
 
 def stored_in(factors: Factorization) -> dict[str, nn.Parameter | Packed]:
-    """Return every factor's name and what holds it."""
+    """Return every factor's name and what holds it. Raises UsageError for factors that are not as they are stored."""
+    found = held_in(factors)
+    stored = {name: held for name, held in found.items() if isinstance(held, nn.Parameter | Packed)}
+    if len(stored) < len(found):
+        raise UsageError("its factors are being trained, and are stored only when that is done")
+    return stored
+
+
+def held_in(factors: Factorization) -> dict[str, Held]:
+    """Return every factor's name and what holds it, stored or not."""
     if isinstance(factors, PackedFactorization):
         return {name: _held(factors, name) for name in factors.names}
     return dict(factors.named_parameters(remove_duplicate=False))
@@ -154,27 +171,27 @@ def held_values(root: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, 
     """Yield the names and values of factors."""
     for name in names:
         held = _held(root, name)
-        yield name, held() if isinstance(held, Packed) else held
+        yield name, held if isinstance(held, nn.Parameter) else held()
 
 
 def _viewed(tensors: Mapping[str, Tensor | None], old: torch.dtype, new: torch.dtype) -> dict[str, Tensor | None]:
     return {name: t.view(new) if t is not None and t.dtype == old else t for name, t in tensors.items()}
 
 
-def _held(root: nn.Module, name: str) -> nn.Parameter | Packed:
+def _held(root: nn.Module, name: str) -> Held:
     parent, _, last = name.rpartition(".")
-    found: nn.Parameter | Packed = getattr(root.get_submodule(parent), last)
+    found: Held = getattr(root.get_submodule(parent), last)
     return found
 
 
-def _attach(root: nn.Module, name: str, held: nn.Parameter | Packed) -> None:
+def _attach(root: nn.Module, name: str, held: Held) -> None:
     """Put a factor where its dotted name says, so that state dicts name it as the format does."""
     *parents, last = name.split(".")
     for parent in parents:
         if not hasattr(root, parent):
             root.add_module(parent, nn.Module())
         root = root.get_submodule(parent)
-    if isinstance(held, Packed):
-        root.add_module(last, held)
-    else:
+    if isinstance(held, nn.Parameter):
         root.register_parameter(last, held)
+    else:
+        root.add_module(last, held)

@@ -71,7 +71,7 @@ def compress(
         )
     output = Output(out, is_folder=checkpoint.folder is not None, force=force, inputs=_inputs(checkpoint))
     output.check()
-    layout = _layout(checkpoint, max_shard_bytes)
+    layout = layout_of(checkpoint, max_shard_bytes)
     _require_dense(checkpoint)
     check_plan(checkpoint, find_layers(checkpoint), plan, settings)
     witness = Witness.of(checkpoint.files)
@@ -166,7 +166,7 @@ def dry_run(
     source = describe(checkpoint)
     named = may_change(checkpoint, reconstruction)
     planned = _planned(checkpoint, decisions, source, named)
-    nbytes = shards.planned_bytes(planned, _layout(checkpoint, max_shard_bytes))
+    nbytes = shards.planned_bytes(planned, layout_of(checkpoint, max_shard_bytes))
     results = [
         LayerResult(d.layer, d.format, d.stored_bytes, None, 0.0, d.reason, d.notes, _is_exact(d), store=d.store)
         for d in decisions
@@ -198,7 +198,8 @@ def _inputs(checkpoint: Checkpoint) -> list[Path]:
     return [*checkpoint.files, *([checkpoint.folder] if checkpoint.folder else [])]
 
 
-def _layout(checkpoint: Checkpoint, max_shard_bytes: int | None) -> Layout:
+def layout_of(checkpoint: Checkpoint, max_shard_bytes: int | None) -> Layout:
+    """Return how the output lies where the input lies like this: a file for a file, shards for shards."""
     if checkpoint.folder is None:
         refuse_shards(checkpoint, max_shard_bytes)
         return Layout(None)

@@ -62,7 +62,7 @@ def save_compressed(
         raise UsageError("the model has no factorised layers; load_into() makes them", path=out)
     output = Output(out, is_folder=False, force=force, inputs=list(against.files) if against is not None else [])
     output.check()
-    contents = _contents(places, against)
+    contents = contents_of(places, against)
     with output:
         output.require_space(sum(piece.nbytes for piece in contents.pieces))
         shards.write(output.draft, contents, Layout(None))
@@ -70,7 +70,8 @@ def save_compressed(
     return measure(out, is_folder=False)
 
 
-def _contents(places: Mapping[str, Place], against: Checkpoint | None) -> Contents:
+def contents_of(places: Mapping[str, Place], against: Checkpoint | None) -> Contents:
+    """Return what a compressed checkpoint of these places holds, by their names. Raises as ``save_compressed``."""
     first: dict[int, str] = {}
     tied = {name: one for name, place in places.items() if (one := first.setdefault(place.identity, name)) != name}
     pieces: list[Piece] = []
@@ -118,14 +119,14 @@ def _stored(name: str, layer: Factorized) -> dict[str, StoredFactor]:
                 f"its factor {factor} is not finite; a smaller learning rate may keep it so", tensor=name
             )
         is_sparse = isinstance(held, Packed) and bool(held.coding.support.part_names)
-        found[factor] = encoded(values, _type_of(held), is_sparse=is_sparse)
+        found[factor] = encoded(values, type_of(held), is_sparse=is_sparse)
         if isinstance(held, Packed) and held.coding.values is not None and held.coding == found[factor].coding:
             # Other codes may stand for the same values: these are the ones that were read.
             found[factor] = replace(found[factor], parts={part: t.cpu() for part, t in held.parts().items()})
     return found
 
 
-def _type_of(held: nn.Parameter | Packed) -> torch.dtype:
+def type_of(held: nn.Parameter | Packed) -> torch.dtype:
     """Return the type that a factor is stored in; codes have one of their own."""
     if not isinstance(held, Packed):
         return held.dtype

@@ -9,6 +9,10 @@ A task is plain functions in a file, or methods of an object in it, named as ``t
     def loss(model, batch) -> torch.Tensor               one value
     def example_inputs() -> a tensor, tuple or dict      inputs of the model, batch size first
     def dynamic_shapes() -> tuple or dict                which of their sizes an exported model leaves open
+    def optimizer(parameters) -> torch.optim.Optimizer   how training changes the parameters, a list
+    def scheduler(optimizer) -> LRScheduler              its learning rate; stepped after each step of the optimizer
+    def teacher() -> torch.nn.Module                     a model with weights, whose outputs are learnt
+    def logits(model, batch) -> torch.Tensor             (..., classes), what is learnt of a teacher's outputs
 
 A tensor is the model's only argument, a tuple its arguments, a dict its arguments by name. Loading a task runs its
 file: nothing here protects from what it does.
@@ -29,6 +33,8 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tcompress.errors import Stopped, TaskError, TcompressError, UsageError
 
@@ -40,8 +46,12 @@ _SIGNATURES = {
     "loss": "def loss(model, batch) -> torch.Tensor",
     "example_inputs": "def example_inputs() -> torch.Tensor | tuple | dict",
     "dynamic_shapes": "def dynamic_shapes() -> tuple | dict",
+    "optimizer": "def optimizer(parameters) -> torch.optim.Optimizer",
+    "scheduler": "def scheduler(optimizer) -> torch.optim.lr_scheduler.LRScheduler",
+    "teacher": "def teacher() -> torch.nn.Module",
+    "logits": "def logits(model, batch) -> torch.Tensor",
 }
-_ARGUMENTS = {"evaluate": 1, "loss": 2}  # of the others none
+_ARGUMENTS = {"evaluate": 1, "loss": 2, "optimizer": 1, "scheduler": 1, "logits": 2}  # of the others none
 _MOST = 1000  # characters of somebody else's message
 
 
@@ -104,6 +114,34 @@ class Task:
             raise self._wrong("loss", found, "a tensor of one floating value")
         return found.reshape(())
 
+    def optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        """Return what changes the parameters. Raises TaskError when it is no optimizer of torch's."""
+        made = self._call("optimizer", parameters)
+        if not isinstance(made, Optimizer):
+            raise self._wrong("optimizer", made, "a torch.optim.Optimizer")
+        return made
+
+    def scheduler(self, optimizer: Optimizer) -> LRScheduler:
+        """Return what sets the learning rate. Raises TaskError when it cannot be stepped without a score."""
+        made = self._call("scheduler", optimizer)
+        if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
+            raise self._wrong("scheduler", made, "a torch.optim.lr_scheduler.LRScheduler that needs no score")
+        return made
+
+    def teacher(self) -> nn.Module:
+        """Return a model with weights. Raises TaskError when it is no ``torch.nn.Module``."""
+        made = self._call("teacher")
+        if not isinstance(made, nn.Module):
+            raise self._wrong("teacher", made, "a torch.nn.Module")
+        return made
+
+    def logits(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the logits (..., classes). Raises TaskError when they are no tensor of floating values."""
+        found = self._call("logits", model, batch)
+        if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim == 0:
+            raise self._wrong("logits", found, "a tensor of floating values, (..., classes)")
+        return found
+
     def example_inputs(self) -> Any:
         """Return inputs of the model as the user gives them: a tensor, tuple or dict of tensors, batch size first."""
         return self._call("example_inputs")
@@ -111,6 +149,16 @@ class Task:
     def dynamic_shapes(self) -> Any:
         """Return what ``torch.export.export`` takes as its ``dynamic_shapes``, as the user gives it."""
         return self._call("dynamic_shapes")
+
+    def batch_count(self) -> int | None:
+        """Return how many training batches there are, None where what gives them does not say."""
+        found = self._call("train_batches")
+        try:
+            return int(_run(self.path, len, found))
+        except TaskError as error:
+            if isinstance(error.__cause__, TypeError):  # a generator, or a loader of a stream
+                return None
+            raise
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return _run(self.path, self._functions[name], *arguments)

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 SETS = Path(os.environ.get("TCOMPRESS_DATA", Path(__file__).parents[4] / "shared" / "data")) / "sets"
 SCORED = int(os.environ.get("TCOMPRESS_SCORED", "0")) or None
 SIZES = (784, 300, 100, 10)
 CALIBRATED, BATCH = 2000, 200
+TRAINED = 128  # digits in a batch
 
 
 class LeNet300(nn.Module):
@@ -67,3 +69,22 @@ def calibration_batches() -> list[Tensor]:
     """Return training digits."""
     with np.load(SETS / "mnist_train.npz") as stored:
         return list(pixels(stored["x"][:CALIBRATED]).split(BATCH))
+
+
+@functools.cache
+def train_set() -> tuple[Tensor, Tensor]:
+    """Return the digits to learn from, and what they are; read once in a process."""
+    with np.load(SETS / "mnist_train.npz") as stored:
+        return pixels(stored["x"]), torch.from_numpy(stored["y"])
+
+
+def train_batches() -> list[tuple[Tensor, Tensor]]:
+    """Return all training digits, in another order each time."""
+    inputs, classes = train_set()
+    return [(inputs[chosen], classes[chosen]) for chosen in torch.randperm(len(classes)).split(TRAINED)]
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the cross entropy."""
+    inputs, classes = batch
+    return F.cross_entropy(model(inputs), classes)

@@ -1,0 +1,41 @@
+"""Factors while they are trained: float32 values that learn, in the places that they have."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tcompress.encodings import Coding
+from tcompress.formats.base import Shape
+from tcompress.runtime.packed import Maker
+
+
+class Learning(Maker):
+    """One factor whose values learn in float32, whatever they are stored as; its zeros stay where they are.
+
+    factor: of any floating type. dtype: the type that it is stored in; codes have one of their own. coding: what it was
+    read from, None for a plain tensor. fixed: whether the elements that are zero are no parameters but stay zero.
+    """
+
+    places: Tensor | None  # (values,), the row-major positions of the values between the zeros
+
+    def __init__(self, factor: Tensor, dtype: torch.dtype, coding: Coding | None, *, fixed: bool) -> None:
+        super().__init__()
+        self.shape: Shape = tuple(factor.shape)
+        self.dtype, self.coding = dtype, coding
+        flat = factor.detach().to(torch.float32).reshape(-1)
+        places = flat.nonzero()[:, 0] if fixed else None
+        is_full = places is None or len(places) == len(flat)
+        self.register_buffer("places", None if is_full else places, persistent=False)
+        values = flat.reshape(self.shape) if is_full or places is None else flat[places]
+        self.values = nn.Parameter(values.clone())
+
+    def forward(self) -> Tensor:
+        """Return the factor, with gradients for its values."""
+        if self.places is None:
+            return self.values
+        # The positions are all different, so that the result does not hang on an order.
+        flat = self.values.new_zeros(math.prod(self.shape)).index_copy(0, self.places, self.values)
+        return flat.reshape(self.shape)

@@ -1,0 +1,1 @@
+"""Loops that change factors by gradients: one file a method, one engine for all of them."""

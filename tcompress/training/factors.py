@@ -1,0 +1,113 @@
+"""Factors as they learn and as they are stored: a model goes from one form to the other and back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from tcompress.encodings import value_type
+from tcompress.errors import FormatError
+from tcompress.formats.base import Factorization
+from tcompress.runtime.install import collect
+from tcompress.runtime.learning import Learning
+from tcompress.runtime.modules import Factorized
+from tcompress.runtime.packed import Held, Packed, PackedFactorization, assemble, held_in, stored_in
+from tcompress.workflow.fitting import encoded
+from tcompress.workflow.saving import type_of
+
+
+def let_learn(model: nn.Module, frozen: Collection[str] = ()) -> None:
+    """Give the factorised layers of a loaded model factors that learn in float32, whatever they are stored as.
+
+    The zeros of sparse factors stay zero. What layers share they share still. frozen: layers that do not learn, by
+    the names of their weights; they take a form in which a cast of the model does not change what they are stored as.
+    """
+    once: dict[int, Held] = {}
+    done: set[int] = set()
+    for name, layer in collect(model).items():
+        if id(layer) in done:
+            continue
+        done.add(id(layer))
+        sparse = _sparse_factors(layer)
+        held = {
+            factor: once.setdefault(id(stored), _learning(stored, factor in sparse, learns=name not in frozen))
+            for factor, stored in stored_in(layer.factors).items()
+        }
+        if any(isinstance(each, Learning) for each in held.values()):
+            layer.hold(PackedFactorization(layer.setting, layer.factors.shape, held))
+
+
+def learning_factors(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of all factors that learn, each once."""
+    layers = [module for module in model.modules() if isinstance(module, Factorized)]
+    found = {id(each): each for layer in layers for each in layer.factors.parameters() if each.requires_grad}
+    return list(found.values())
+
+
+@contextmanager
+def as_stored(model: nn.Module) -> Iterator[None]:
+    """Give the layers their factors as they would be stored, rounded and encoded; in the end those that learn again.
+
+    Raises NumericalError for a factor that cannot be stored.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Factorized)]
+    learning = [(layer, layer.factors) for layer in layers if _learns(layer.factors)]
+    once: dict[int, nn.Parameter | Packed] = {}
+    try:
+        for layer, factors in learning:
+            layer.hold(_stored(layer, factors, once))
+        yield
+    finally:
+        for layer, factors in learning:
+            layer.hold(factors)
+
+
+def _learns(factors: Factorization) -> bool:
+    return any(isinstance(held, Learning) for held in held_in(factors).values())
+
+
+def _learning(stored: nn.Parameter | Packed, is_sparse: bool, *, learns: bool) -> Held:
+    """Return what learns in a factor's place; the factor itself where it does, or is not to and cannot be cast."""
+    if isinstance(stored, Packed):
+        if not learns and stored.coding.values is not None:
+            return stored
+        is_sparse = is_sparse or bool(stored.coding.support.part_names)
+        with torch.no_grad():
+            return Learning(stored(), type_of(stored), stored.coding, fixed=is_sparse).requires_grad_(learns)
+    has_zeros = is_sparse and bool((stored == 0).any())
+    if stored.dtype.itemsize >= torch.float32.itemsize and not has_zeros:
+        return stored
+    return Learning(stored, stored.dtype, None, fixed=has_zeros).requires_grad_(learns)
+
+
+def _stored(layer: Factorized, factors: Factorization, once: dict[int, nn.Parameter | Packed]) -> Factorization:
+    held = {}
+    for name, each in held_in(factors).items():
+        if isinstance(each, Learning) and id(each) not in once:
+            once[id(each)] = _encoded(each)
+        held[name] = once[id(each)] if isinstance(each, Learning) else each
+    found = assemble(layer.setting, factors.shape, held, layer.like.dtype)
+    return found.to(layer.like.device)
+
+
+def _encoded(factor: Learning) -> nn.Parameter | Packed:
+    """Return a factor in the type and, of a sparse one, the kind of coding that it was read from."""
+    values = factor().detach().cpu().to(value_type(factor.dtype))
+    if factor.coding is None:
+        return nn.Parameter(values)
+    found = encoded(values, factor.dtype, is_sparse=bool(factor.coding.support.part_names))
+    if found.coding.is_plain_tensor:
+        return nn.Parameter(found.parts[""])
+    return Packed(found.coding, found.parts, factor.shape)
+
+
+def _sparse_factors(layer: Factorized) -> set[str]:
+    """Return the factors of which a format keeps some values only, whatever they are stored as."""
+    try:
+        specs = layer.setting.factor_specs(layer.factors.shape, torch.float32)
+    except FormatError:
+        return set()
+    return {name for name, spec in specs.items() if spec.nonzeros is not None and spec.nonzeros < spec.values}

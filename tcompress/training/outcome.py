@@ -1,0 +1,51 @@
+"""Where a run is, what was best so far, and what it came to in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tcompress.training.history import Row
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is. steps_of_epoch: already made in the epoch that is under way. losses: their sum.
+
+    idle: epochs without a better score. seconds: of training, over all starts.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    steps_of_epoch: int = 0
+    losses: float = 0.0
+    idle: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best epoch, 0 for the model as it came, and its state dict on the CPU."""
+
+    epoch: int
+    scores: Mapping[str, float]
+    values: Mapping[str, Tensor]
+
+    @property
+    def score(self) -> tuple[str, float]:
+        """The name and the value of the first score."""
+        return next(iter(self.scores.items()))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. problem: why it ended before its time, None where it did not. resumed_at: a step, or None."""
+
+    best: Best
+    rows: tuple[Row, ...]
+    steps: int
+    seconds: float
+    problem: str | None
+    resumed_at: int | None

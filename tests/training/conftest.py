@@ -1,0 +1,46 @@
+"""What tests of training have in common: a task file, a compressed checkpoint, and one call that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import tcompress as package
+from tcompress.checkpoint.opening import open_checkpoint
+from tcompress.training.tuning import NEEDS, finetune, uses_of
+from tcompress.workflow.settings import Settings
+from tests.training.tasks import MLP
+
+
+@pytest.fixture
+def small(fixtures, tmp_path) -> Callable[..., Path]:
+    """Compress a fixture by a setting."""
+
+    def compressed(setting, store=None, source="digits_mlp.safetensors", plan=None) -> Path:
+        out = tmp_path / ("small" if (fixtures / source).is_dir() else "small.safetensors")
+        plan = plan or package.plan_for(setting)
+        package.compress(open_checkpoint(fixtures / source), plan, out=out, settings=Settings(store=store), force=True)
+        return out
+
+    return compressed
+
+
+@pytest.fixture
+def tune(tmp_path):
+    """Train on the CPU with a task of this text."""
+
+    def call(checkpoint: Path, method=None, *, text: str = MLP, out: str = "tuned.safetensors", against=None, **rest):
+        (tmp_path / "task.py").write_text(text)
+        method = method or package.make_method("finetune")
+        task = package.load_task(str(tmp_path / "task.py"), NEEDS, uses_of(method))
+        named = {name: rest.pop(name) for name in ("history", "force", "strip_prefix", "watch") if name in rest}
+        options = package.TrainingOptions(device=torch.device("cpu"), **{"epochs": 2, **rest})
+        dense = None if against is None else open_checkpoint(against)
+        return finetune(
+            open_checkpoint(checkpoint), task, method, out=tmp_path / out, against=dense, options=options, **named
+        )
+
+    return call
