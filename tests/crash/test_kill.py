@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent.parent
 TRIALS = Path(__file__).parent / "trials.py"
-FORMAT = ["--format", "lrs:rounds=8", "--keep", "0.4"]
+FORMAT = ["--format", "lrs:rounds=15", "--keep", "0.4"]
 
 
 def model(path: Path, layers: int = 10) -> Path:
@@ -60,5 +60,5 @@ def test_shards_and_searched_settings_go_on_too(tmp_path):
     source.mkdir()
     model(source / "model.safetensors", layers=6)
     (source / "config.json").write_text("{}")
-    options = ["--format", "lrs:share=auto:rounds=4", "--keep", "0.4", "--max-shard-size", "100KB"]
+    options = ["--format", "lrs:share=auto:rounds=8", "--keep", "0.4", "--max-shard-size", "100KB"]
     check(trials(source, tmp_path, 4, options=options), {"old", "new"})
