@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "formats": {"linalg", "encodings"},
     "runtime": {"formats", "encodings"},
     "workflow": {"runtime", "formats", "linalg", "encodings", "checkpoint"},
-    "training": {"workflow", "runtime", "formats", "encodings", "checkpoint"},
+    "training": {"workflow", "runtime", "formats", "linalg", "encodings", "checkpoint"},
     "report": {"training", "workflow", "formats"},
     "transformers": {"workflow", "runtime", "checkpoint"},
     "cli": {"report", "training", "workflow", "formats", "checkpoint"},

@@ -32,6 +32,11 @@ class Learning(Maker):
         values = flat.reshape(self.shape) if is_full or places is None else flat[places]
         self.values = nn.Parameter(values.clone())
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it is stored by a support."""
+        return self.coding is not None and bool(self.coding.support.part_names)
+
     def forward(self) -> Tensor:
         """Return the factor, with gradients for its values."""
         if self.places is None:
@@ -39,3 +44,30 @@ class Learning(Maker):
         # The positions are all different, so that the result does not hang on an order.
         flat = self.values.new_zeros(math.prod(self.shape)).index_copy(0, self.places, self.values)
         return flat.reshape(self.shape)
+
+
+class Pruned(Learning):
+    """A sparse factor that is full at first, and loses values while it learns.
+
+    M (.) S of the low-rank-plus-sparse paper, section 2.3.     factor, dtype, coding: as of ``Learning``. planned: how many values are to be left in the end.
+    """
+
+    mask: Tensor  # bool, of the factor's shape: what is kept; in the state dict, so that a run can go on
+
+    def __init__(self, factor: Tensor, dtype: torch.dtype, coding: Coding | None, *, planned: int) -> None:
+        super().__init__(factor, dtype, coding, fixed=False)
+        self.planned = planned
+        self.register_buffer("mask", torch.ones_like(self.values, dtype=torch.bool))
+
+    @property
+    def is_sparse(self) -> bool:
+        return True
+
+    @property
+    def kept(self) -> int:
+        """How many values the mask keeps."""
+        return int(self.mask.sum())
+
+    def forward(self) -> Tensor:
+        # Not a product, which makes -0.0 of negative values: encodings would store it.
+        return self.values.masked_fill(~self.mask, 0.0)

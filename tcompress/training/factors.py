@@ -10,9 +10,10 @@ from torch import nn
 
 from tcompress.encodings import value_type
 from tcompress.errors import FormatError
+from tcompress.formats import Format, make
 from tcompress.formats.base import Factorization
 from tcompress.runtime.install import collect
-from tcompress.runtime.learning import Learning
+from tcompress.runtime.learning import Learning, Pruned
 from tcompress.runtime.modules import Factorized
 from tcompress.runtime.packed import Held, Packed, PackedFactorization, assemble, held_in, stored_in
 from tcompress.workflow.fitting import encoded
@@ -51,18 +52,21 @@ def learning_factors(model: nn.Module) -> list[nn.Parameter]:
 def as_stored(model: nn.Module) -> Iterator[None]:
     """Give the layers their factors as they would be stored, rounded and encoded; in the end those that learn again.
 
+    The settings of layers that are being pruned tell the density that they have come to.
     Raises NumericalError for a factor that cannot be stored.
     """
     layers = [module for module in model.modules() if isinstance(module, Factorized)]
-    learning = [(layer, layer.factors) for layer in layers if _learns(layer.factors)]
+    learning = [(layer, layer.factors, layer.setting) for layer in layers if _learns(layer.factors)]
     once: dict[int, nn.Parameter | Packed] = {}
     try:
-        for layer, factors in learning:
+        for layer, factors, setting in learning:
             layer.hold(_stored(layer, factors, once))
+            layer.setting = _as_pruned(setting, factors)
         yield
     finally:
-        for layer, factors in learning:
+        for layer, factors, setting in learning:
             layer.hold(factors)
+            layer.setting = setting
 
 
 def _learns(factors: Factorization) -> bool:
@@ -93,12 +97,20 @@ def _stored(layer: Factorized, factors: Factorization, once: dict[int, nn.Parame
     return found.to(layer.like.device)
 
 
+def _as_pruned(setting: Format, factors: Factorization) -> Format:
+    """Return the setting with the density of what is kept, where there is a factor that is pruned."""
+    for held in held_in(factors).values():
+        if isinstance(held, Pruned):
+            return make(type(setting), {**setting.options(), setting.size_option: held.kept / held.mask.numel()})
+    return setting
+
+
 def _encoded(factor: Learning) -> nn.Parameter | Packed:
     """Return a factor in the type and, of a sparse one, the kind of coding that it was read from."""
     values = factor().detach().cpu().to(value_type(factor.dtype))
-    if factor.coding is None:
+    if factor.coding is None and not factor.is_sparse:
         return nn.Parameter(values)
-    found = encoded(values, factor.dtype, is_sparse=bool(factor.coding.support.part_names))
+    found = encoded(values, factor.dtype, is_sparse=factor.is_sparse)
     if found.coding.is_plain_tensor:
         return nn.Parameter(found.parts[""])
     return Packed(found.coding, found.parts, factor.shape)

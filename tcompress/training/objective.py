@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tcompress.training.options import Defaults
+from tcompress.workflow.plan import Plan
 from tcompress.workflow.task import Task
 
 
@@ -69,6 +70,10 @@ class Method(ABC):
     has_teacher: ClassVar[bool] = False
     starts_dense: ClassVar[bool] = False
     by_epochs: ClassVar[bool] = False
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise UsageError for a plan that does not serve, of a method with ``starts_dense``."""
+        del plan
 
     def prepare(self, model: nn.Module, dense: nn.Module | None) -> None:
         """Change the loaded model into the one that learns; most methods have nothing to do.

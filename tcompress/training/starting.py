@@ -68,6 +68,7 @@ def _check_dense(checkpoint: Checkpoint, method: Method, plan: Plan | None, agai
         raise UsageError(f"--method {method.name} needs a plan: give --format or --plan", path=checkpoint.path)
     if against is not None and against is not checkpoint:
         raise UsageError("is the dense checkpoint itself; leave out --against and --teacher", path=checkpoint.path)
+    method.check_plan(plan)
 
 
 @contextmanager
