@@ -47,9 +47,9 @@ class Learning(Maker):
 
 
 class Pruned(Learning):
-    """A sparse factor that is full at first, and loses values while it learns.
+    """A sparse factor that is full at first, and loses values while it learns (low-rank-plus-sparse paper, 2.3).
 
-    M (.) S of the low-rank-plus-sparse paper, section 2.3.     factor, dtype, coding: as of ``Learning``. planned: how many values are to be left in the end.
+    factor, dtype, coding: as of ``Learning``. planned: how many values are to be left in the end.
     """
 
     mask: Tensor  # bool, of the factor's shape: what is kept; in the state dict, so that a run can go on
