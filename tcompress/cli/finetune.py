@@ -31,7 +31,7 @@ from tcompress.errors import NumericalError, UsageError
 if TYPE_CHECKING:
     from tcompress.training.tuning import TuningResult
 
-_LEARNING, _DISTILL, _ENDING = "How it learns", "--method distill", "When it ends"
+_LEARNING, _DISTILL, _ENDING = "How it learns", "--method distill, prune", "When it ends"
 
 TaskFile = Annotated[
     str,
@@ -50,8 +50,8 @@ MethodName = Annotated[
     str,
     typer.Option(
         "--method",
-        help="finetune: the task's loss; distill: beside it the outputs of the dense model. Options of a method stand "
-        "behind it, as distill:alpha=0.5.",
+        help="finetune: the task's loss; distill: beside it the outputs of the dense model; prune: from the dense MODEL "
+        "and a plan, values are pruned while it distils. Options of a method stand behind it, as distill:alpha=0.5.",
         metavar="METHOD[:OPTION=VALUE...]",
         rich_help_panel=_LEARNING,
     ),

@@ -47,7 +47,7 @@ class Prune(Distill):
     """
 
     schedule: str = "cubic"
-    until: float = 0.75
+    until: float = 0.5
 
     name: ClassVar[str] = "prune"
     summary: ClassVar[str] = "distill, while all sparse parts are pruned together, from the dense model down to a plan"

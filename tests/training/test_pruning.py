@@ -19,6 +19,7 @@ from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
 from tcompress.runtime.install import collect
 from tcompress.runtime.learning import Pruned
+from tcompress.runtime.packed import Packed, stored_in
 from tcompress.training.factors import as_stored
 from tcompress.training.models import Models
 from tcompress.training.objective import Setup
@@ -125,8 +126,10 @@ def test_what_is_pruned_stays_so_though_its_value_grows():
     assert one().tolist() == [[0.0, 2.0, 3.0, 4.0]]
     prune([one], 3)
     assert one.mask.tolist() == [[False, True, True, True]]
-    prune([one], 2)
-    assert one.mask.tolist() == [[False, False, True, True]]
+    one.values.data[0, 0] = 3.0
+    one.values.data[0, 3] = 3.0
+    prune([one], 1)
+    assert one.mask.tolist() == [[False, False, True, False]]
 
 
 def test_what_is_pruned_has_no_gradient_and_is_no_negative_zero():
@@ -215,6 +218,14 @@ def test_the_settings_say_the_density_while_factors_are_as_stored_and_not_longer
     assert {layer.setting.density for layer in collect(model).values()} == {0.15}
 
 
+def test_a_part_of_which_the_plan_keeps_all_is_stored_sparse_where_pruning_took_most(prepared):
+    model, _ = prepared(Sparse(density=1.0), torch.bfloat16)
+    prune(parts_of(model), 100)
+    with as_stored(model):
+        held = [held for layer in collect(model).values() for held in stored_in(layer.factors).values()]
+        assert all(isinstance(each, Packed) and each.coding.support.part_names for each in held)
+
+
 @pytest.mark.parametrize(("setting", "store"), WRITTEN, ids=str)
 def test_what_is_written_has_the_plans_values_and_is_what_it_says(setting, store, pruned, small, tmp_path, fixtures):
     dense = open_checkpoint(fixtures / "digits_mlp.safetensors")
@@ -261,14 +272,15 @@ def test_convolutions_are_pruned_as_their_matrices(pruned, fixtures):
 def test_a_stopped_run_goes_on_to_the_same_bytes(pruned, monkeypatch):
     setting = LowRankSparse(rank=1, density=0.2)
     options = {"source": "digits_cnn.safetensors", "text": CNN, "store": torch.int8, "epochs": 2}
-    whole = pruned(setting, out="whole.safetensors", **options).output
+    method = Prune(until=1.0)
+    whole = pruned(setting, method, out="whole.safetensors", **options).output
     monkeypatch.setenv("DIE_HOW", "interrupt")
     for die_at, save_every in ((8, 10.0), (8, 1e-9)):
         monkeypatch.setenv("DIE_AT", str(die_at))
         with pytest.raises(KeyboardInterrupt):
-            pruned(setting, save_every=save_every, **options)
+            pruned(setting, method, save_every=save_every, **options)
         monkeypatch.setenv("DIE_AT", "0")
-        result = pruned(setting, save_every=save_every, **options)
+        result = pruned(setting, method, save_every=save_every, **options)
         assert result.output.sha256 == whole.sha256
         result.output.path.unlink()
 
