@@ -50,8 +50,8 @@ MethodName = Annotated[
     str,
     typer.Option(
         "--method",
-        help="finetune: the task's loss; distill: beside it the outputs of the dense model; prune: from the dense MODEL "
-        "and a plan, values are pruned while it distils. Options of a method stand behind it, as distill:alpha=0.5.",
+        help="finetune: the task's loss; distill: beside it the outputs of the dense model; prune: the same, while "
+        "the dense MODEL is pruned down to a plan. Options of a method stand behind it, as distill:alpha=0.5.",
         metavar="METHOD[:OPTION=VALUE...]",
         rich_help_panel=_LEARNING,
     ),

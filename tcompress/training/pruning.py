@@ -111,7 +111,10 @@ class Pruning(Distillation):
 
 
 def sparsity(passed: float, final: float, schedule: str) -> float:
-    """Return s_t for a final s_f, or for a final count the count. passed: t/n, from 0; from 1 on it is s_f exactly."""
+    """Return s_t for a final s_f, or for a final count the count. passed: t/n, from 0; from 1 on it is s_f exactly.
+
+    A fraction of all values: of those not yet masked, as the paper words it too, s_f would never be reached.
+    """
     passed = min(1.0, passed)
     return final * (passed**3 if schedule == "cubic" else 1 - (1 - passed) ** 3)
 
