@@ -74,14 +74,15 @@ class Prune(Distill):
 
     def prepare(self, model: nn.Module, dense: nn.Module | None) -> None:
         assert dense is not None, "it starts dense"  # noqa: S101
-        done: set[int] = set()
-        for name, layer in collect(model).items():
-            learns = any(factor.requires_grad for factor in layer.factors.parameters())
-            if id(layer) not in done and learns and isinstance(layer.setting, Sparse | LowRankSparse):
-                done.add(id(layer))
-                _fill(layer, layer.setting, dense.get_parameter(name))
-        if not done:
+        found = {
+            id(layer): (layer, dense.get_parameter(name))
+            for name, layer in collect(model).items()
+            if isinstance(layer.setting, Sparse | LowRankSparse)
+            if any(factor.requires_grad for factor in layer.factors.parameters())
+        }
+        if not found:
             raise UsageError(f"--method prune has nothing to prune: no layer that learns is in {_FORMATS}")
+        _fill(list(found.values()))
 
     def objective(self, setup: Setup) -> Objective:
         assert setup.teacher is not None, "it has one"  # noqa: S101
@@ -143,19 +144,25 @@ def _prunes(choice: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, Sparse | LowRankSparse)
 
 
-def _fill(layer: Factorized, setting: Sparse | LowRankSparse, weight: Tensor) -> None:
-    """Give a layer all of S that its low-rank part leaves of the weight, to be pruned; L stays as it learns.
+def _fill(layers: Sequence[tuple[Factorized, Tensor]]) -> None:
+    """Give layers all of S that their low-rank parts leave of their dense weights, to be pruned; L stays as it learns.
 
-    weight: as the layer has it in the dense model.
+    Layers that share S share it still.
     """
-    held, name = held_in(layer.factors), "matrix" if isinstance(setting, Sparse) else "sparse.matrix"
-    with torch.no_grad():
-        full = _full(setting, held, name, weight)
-    was = held[name]
-    assert isinstance(was, nn.Parameter | Learning), "it learns"  # noqa: S101
-    dtype, coding = (was.dtype, was.coding) if isinstance(was, Learning) else (was.dtype, None)
-    part = Pruned(full, dtype, coding, planned=setting.kept(weight.numel()))
-    layer.hold(PackedFactorization(setting, layer.factors.shape, {**held, name: part}))
+    once: dict[int, Pruned] = {}
+    all_held = [held_in(layer.factors) for layer, _ in layers]  # kept to the end, so that no identity is given twice
+    for (layer, weight), held in zip(layers, all_held, strict=True):
+        setting = layer.setting
+        assert isinstance(setting, Sparse | LowRankSparse), "it was chosen for that"  # noqa: S101
+        name = "matrix" if isinstance(setting, Sparse) else "sparse.matrix"
+        was = held[name]
+        assert isinstance(was, nn.Parameter | Learning), "it learns"  # noqa: S101
+        if id(was) not in once:
+            dtype, coding = (was.dtype, was.coding) if isinstance(was, Learning) else (was.dtype, None)
+            with torch.no_grad():
+                full = _full(setting, held, name, weight)
+            once[id(was)] = Pruned(full, dtype, coding, planned=setting.kept(weight.numel()))
+        layer.hold(PackedFactorization(setting, layer.factors.shape, {**held, name: once[id(was)]}))
 
 
 def _full(setting: Sparse | LowRankSparse, held: dict[str, Held], name: str, weight: Tensor) -> Tensor:

@@ -263,6 +263,15 @@ def test_layers_in_other_formats_learn_and_frozen_ones_stay(pruned, small):
     assert before.keys() == after.keys()
 
 
+def test_layers_that_are_tied_are_pruned_as_one(pruned):
+    text = MLP.replace("DigitsMLP", "DigitsTiedMLP")
+    result = pruned(LowRankSparse(rank=2, density=0.2), text=text, source="digits_mlp_tied.pt")
+    manifest = view(open_checkpoint(result.output.path)).manifest
+    assert manifest.tied == {"hidden2.weight": "hidden1.weight", "hidden2.bias": "hidden1.bias"}
+    kept = [math.prod(entry.shape) * entry.options["density"] for entry in manifest.layers.values()]
+    assert sum(kept) == pytest.approx(sum(round(0.2 * math.prod(entry.shape)) for entry in manifest.layers.values()))
+
+
 def test_convolutions_are_pruned_as_their_matrices(pruned, fixtures):
     result = pruned(LowRankSparse(rank=1, density=0.2), source="digits_cnn.safetensors", text=CNN, epochs=2)
     dense = open_checkpoint(fixtures / "digits_cnn.safetensors")
