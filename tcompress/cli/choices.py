@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.errors import UsageError
 from tcompress.formats import FORMATS, Format, find_format, make, parse
 from tcompress.formats.grouped import GroupFormat
-from tcompress.workflow.plan import Target
+from tcompress.workflow.plan import Plan, Target, plan_for, read_plan
 from tcompress.workflow.reconstruction import Reconstruction
 from tcompress.workflow.task import Task, load_task
 from tcompress.workflow.tracing import NEEDS
@@ -37,6 +38,40 @@ def choices(
             raise UsageError("--rank-rule says the ranks; leave out --rank, --keep and --tolerance")
         return [_by_rule(text, rank_rule, seed) for text in formats]
     return [_choice(text, rank, keep, tolerance, seed) for text in formats]
+
+
+def plan_asked_for(
+    plan_file: Path | None,
+    format_name: str | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    one_threshold: bool,
+    *,
+    rank: int | None,
+    keep: float | None,
+    tolerance: float | None,
+    seed: int,
+    rank_rule: str | None = None,
+) -> Plan | None:
+    """Return the plan that --plan, or --format with what stands beside it, says; None where one is to be made.
+
+    Raises UsageError for options that contradict each other, and for a plan that cannot be read.
+    """
+    if plan_file is not None and format_name is not None:
+        raise UsageError("give --format or --plan, not both")
+    if plan_file is None and format_name is None:
+        if any(each is not None for each in (rank, tolerance, rank_rule)) or one_threshold:
+            raise UsageError(
+                "--rank, --tolerance and --global go with --format; a plan is made for --keep, --flops or --max-bytes"
+            )
+        return None
+    if format_name is not None:
+        (choice,) = choices([format_name], rank=rank, keep=keep, tolerance=tolerance, seed=seed, rank_rule=rank_rule)
+        return plan_for(choice, include=include or (), exclude=exclude or (), one_threshold=one_threshold)
+    if include or exclude or one_threshold or any(budget is not None for budget in (rank, keep, tolerance, rank_rule)):
+        raise UsageError("--plan says everything about layers and formats; leave the other options to it")
+    assert plan_file is not None  # noqa: S101
+    return read_plan(plan_file)
 
 
 def quick_formats(*, with_rank: bool) -> list[str]:

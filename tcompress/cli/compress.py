@@ -16,6 +16,7 @@ from tcompress.cli.options import (
     Exclude,
     Flops,
     Force,
+    FormatName,
     Formats,
     Include,
     Json,
@@ -24,8 +25,11 @@ from tcompress.cli.options import (
     MaxMemory,
     MaxShardSize,
     Model,
+    OneThreshold,
+    PlanFile,
     Rank,
     RankMultiple,
+    RankRule,
     Seed,
     StripPrefix,
     TaskFile,
@@ -46,30 +50,10 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="File or folder to write; default: a name made from MODEL's, in this folder."),
 ]
-FormatName = Annotated[
-    str | None,
-    typer.Option(
-        "--format", "-f", help="A format, as svd or svd:rank=16; `tcompress formats` lists them.", metavar="FORMAT"
-    ),
-]
-PlanFile = Annotated[
-    Path | None, typer.Option("--plan", help="Take formats layer by layer from this plan.", metavar="PLAN.json")
-]
 SavePlan = Annotated[
     Path | None, typer.Option(help="Write the plan, a rule a layer, to be edited.", metavar="PLAN.json")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the exact bytes, write no checkpoint.")]
-RankRule = Annotated[
-    str | None,
-    typer.Option(
-        help="svd: the rank by each layer's spectrum: evbmf, evbmf:WEAKENING or energy:SHARE.",
-        metavar="RULE",
-        rich_help_panel="How much",
-    ),
-]
-OneThreshold = Annotated[
-    bool, typer.Option("--global", help="sparse, lrs: one threshold over all layers; the budget is that of all.")
-]
 Repair = Annotated[
     bool,
     typer.Option(help="With --task: set biases and normalisations anew where held-out inputs agree that it helps."),
@@ -134,7 +118,7 @@ def compress(
 
     Example: tcompress compress model.safetensors --keep 0.25 -o small.safetensors
     """
-    from tcompress.cli.choices import planned_formats, reconstruction_of, task_of
+    from tcompress.cli.choices import plan_asked_for, planned_formats, reconstruction_of, task_of
     from tcompress.cli.console import show
     from tcompress.cli.opened import opened
     from tcompress.report.documents import compression_document
@@ -144,7 +128,7 @@ def compress(
     from tcompress.workflow.settings import Settings
 
     byte_limit, shard_bytes = parse_size(max_bytes, "--max-bytes"), parse_size(max_shard_size, "--max-shard-size")
-    asked = _plan(
+    asked = plan_asked_for(
         plan_file,
         format_name,
         include,
@@ -233,40 +217,6 @@ def _write(document: Document, report: Path | None, save_plan: Path | None) -> N
         write_plan(save_plan, document["plan"])
     if report is not None:
         write_report(report, document)
-
-
-def _plan(
-    plan_file: Path | None,
-    format_name: str | None,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    one_threshold: bool,
-    *,
-    rank: int | None,
-    keep: float | None,
-    tolerance: float | None,
-    seed: int,
-    rank_rule: str | None,
-) -> Plan | None:
-    """Return the plan that the options say; None where one is to be made."""
-    from tcompress.cli.choices import choices
-    from tcompress.workflow.plan import plan_for, read_plan
-
-    if plan_file is not None and format_name is not None:
-        raise UsageError("give --format or --plan, not both")
-    if plan_file is None and format_name is None:
-        if any(each is not None for each in (rank, tolerance, rank_rule)) or one_threshold:
-            raise UsageError(
-                "--rank, --tolerance and --global go with --format; a plan is made for --keep, --flops or --max-bytes"
-            )
-        return None
-    if format_name is not None:
-        (choice,) = choices([format_name], rank=rank, keep=keep, tolerance=tolerance, seed=seed, rank_rule=rank_rule)
-        return plan_for(choice, include=include or (), exclude=exclude or (), one_threshold=one_threshold)
-    if include or exclude or one_threshold or any(budget is not None for budget in (rank, keep, tolerance, rank_rule)):
-        raise UsageError("--plan says everything about layers and formats; leave the other options to it")
-    assert plan_file is not None  # noqa: S101
-    return read_plan(plan_file)
 
 
 def _exceeded(

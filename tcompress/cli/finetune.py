@@ -7,7 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tcompress.cli.options import Force, Json, Key, Model, StripPrefix, Threads, pick_device, set_threads
+from tcompress.cli.options import (
+    DTypeName,
+    Exclude,
+    Force,
+    FormatName,
+    Include,
+    Json,
+    Keep,
+    Key,
+    Model,
+    PlanFile,
+    Rank,
+    StripPrefix,
+    Threads,
+    Tolerance,
+    pick_device,
+    pick_dtype,
+    set_threads,
+)
 from tcompress.errors import NumericalError, UsageError
 
 if TYPE_CHECKING:
@@ -32,8 +50,9 @@ MethodName = Annotated[
     str,
     typer.Option(
         "--method",
-        help="finetune: the task's loss; distill: beside it the outputs of the dense model.",
-        metavar="METHOD",
+        help="finetune: the task's loss; distill: beside it the outputs of the dense model. Options of a method stand "
+        "behind it, as distill:alpha=0.5.",
+        metavar="METHOD[:OPTION=VALUE...]",
         rich_help_panel=_LEARNING,
     ),
 ]
@@ -121,6 +140,14 @@ def finetune(
     model: Model = Path(),
     out: Out = None,
     method_name: MethodName = "finetune",
+    plan_file: PlanFile = None,
+    format_name: FormatName = None,
+    rank: Rank = None,
+    keep: Keep = None,
+    tolerance: Tolerance = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    dtype: DTypeName = None,
     lr: Rate = None,
     precision: Precision = "fp32",
     accumulate: Accumulate = 1,
@@ -146,6 +173,7 @@ def finetune(
 ) -> None:
     """Win the accuracy back: train the factors of a compressed checkpoint on your data, and write it again.
 
+    Methods that compress while they train start from the dense checkpoint, with --plan or --format as in `compress`.
     This runs the code in the task file, and that of whatever it imports. A run that was stopped or killed goes on where
     it was when the same command is given again. Several GPUs: accelerate launch -m tcompress finetune ...
 
@@ -156,6 +184,7 @@ def finetune(
     require_accelerate()
 
     from tcompress.checkpoint.opening import open_checkpoint
+    from tcompress.cli.choices import plan_asked_for
     from tcompress.cli.console import show, training_bar
     from tcompress.cli.names import default_output
     from tcompress.report.tuning import tuning_document, tuning_view, write_tuning
@@ -164,10 +193,14 @@ def finetune(
     from tcompress.training.methods import make_method
     from tcompress.training.tuning import NEEDS, uses_of
     from tcompress.training.tuning import finetune as tune
+    from tcompress.workflow.settings import Settings
     from tcompress.workflow.task import load_task
 
     method = make_method(method_name, alpha=alpha, temperature=temperature, kl_direction=kl_direction)
     chosen = None if device == "auto" else pick_device(device)
+    plan = plan_asked_for(
+        plan_file, format_name, include, exclude, False, rank=rank, keep=keep, tolerance=tolerance, seed=seed
+    )
     options = TrainingOptions(epochs, steps, lr, seed, max_hours, patience, precision, accumulate, save_every, chosen)
     dense = _dense(against, teacher, has_teacher=method.has_teacher)
     out = out or default_output(model, "tuned")
@@ -176,13 +209,15 @@ def finetune(
     check_path(report, REPORT_SUFFIXES)
     check_history(history)
     task = load_task(task_file, NEEDS, uses_of(method))
-    with open_checkpoint(model) as checkpoint, training_bar() as watch:
+    with open_checkpoint(model, key=key if method.starts_dense else None) as checkpoint, training_bar() as watch:
         original = None if dense is None else open_checkpoint(dense, key=key)
         result = tune(
             checkpoint,
             task,
             method,
             out=out,
+            plan=plan,
+            settings=Settings(pick_dtype(dtype), pick_device(device)),
             against=original,
             options=options,
             strip_prefix=strip_prefix,

@@ -110,6 +110,26 @@ MaxShardSize = Annotated[
     str | None,
     typer.Option(help="Size of the output's shards, as 5GB or 500MB; default: as the input's.", metavar="SIZE"),
 ]
+FormatName = Annotated[
+    str | None,
+    typer.Option(
+        "--format", "-f", help="A format, as svd or svd:rank=16; `tcompress formats` lists them.", metavar="FORMAT"
+    ),
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="Take formats layer by layer from this plan.", metavar="PLAN.json")
+]
+RankRule = Annotated[
+    str | None,
+    typer.Option(
+        help="svd: the rank by each layer's spectrum: evbmf, evbmf:WEAKENING or energy:SHARE.",
+        metavar="RULE",
+        rich_help_panel="How much",
+    ),
+]
+OneThreshold = Annotated[
+    bool, typer.Option("--global", help="sparse, lrs: one threshold over all layers; the budget is that of all.")
+]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KIB": 1 << 10,

@@ -16,7 +16,8 @@ from tcompress.report.markdown import escaped
 from tcompress.report.tables import line, table
 from tcompress.report.writing import json_text, write_whole
 from tcompress.training.history import Row
-from tcompress.training.tuning import Scored, TuningResult
+from tcompress.training.outcome import Scored
+from tcompress.training.tuning import TuningResult
 
 
 def tuning_document(result: TuningResult) -> Document:

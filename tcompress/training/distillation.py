@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcompress.errors import TaskError, TcompressError, UsageError
-from tcompress.training.objective import Method, Objective
+from tcompress.training.objective import Method, Objective, Setup
 from tcompress.training.options import Defaults
 from tcompress.workflow.task import Task, failed
 
@@ -60,9 +60,9 @@ class Distill(Method):
         if self.kl_direction not in DIRECTIONS:
             raise UsageError(f"--kl-direction: {self.kl_direction!r} is none of {', '.join(DIRECTIONS)}")
 
-    def objective(self, task: Task, model: nn.Module, teacher: nn.Module | None) -> Objective:
-        assert teacher is not None, "it has one"  # noqa: S101
-        return Distillation(self, task, model, teacher)
+    def objective(self, setup: Setup) -> Objective:
+        assert setup.teacher is not None, "it has one"  # noqa: S101
+        return Distillation(self, setup.task, setup.model, setup.teacher)
 
 
 class Distillation(Objective):

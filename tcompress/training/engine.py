@@ -120,6 +120,7 @@ class _Run:
         self.scheduler = make_scheduler(self.task, optimizer, self.total)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.at, self.rows = Position(), list[Row]()
+        self.best: Best | None = None
         self.resumed_at: int | None = None
         self.problem: str | None = None
         self.rate = 0.0  # of the last step
@@ -135,7 +136,8 @@ class _Run:
                 self._epoch()
         except NumericalError as error:
             self.problem = str(error)
-        self.inner.load_state_dict(self.best.values)
+        if self.best is not None:
+            self.inner.load_state_dict(self.best.values)
         return Outcome(self.best, tuple(self.rows), self.at.step, self._seconds(), self.problem, self.resumed_at)
 
     def _planned_steps(self) -> int:
@@ -159,8 +161,9 @@ class _Run:
             self.engine.tell(self.rows)
             return
         scores = self.engine.evaluate(self.inner)
-        self.best = Best(0, scores, _copied(self.inner))
-        self._record(0, None, scores, is_best=True)
+        if self.objective.may_be_written(0):
+            self.best = Best(0, scores, _copied(self.inner))
+        self._record(0, None, scores, is_best=self.best is not None)
 
     def _is_over(self) -> bool:
         epochs, patience, hours = self.engine.epochs, self.options.patience, self.options.max_hours
@@ -174,7 +177,7 @@ class _Run:
     def _epoch(self) -> None:
         """Make the steps of an epoch, or the rest of them; then score the model, and save everything."""
         seed_all(self.options.seed, self.at.epoch)
-        self.objective.begin_epoch(self.at.epoch)
+        self.objective.begin_epoch(self.at.epoch, anew=self.at.steps_of_epoch == 0)
         self.model.train()
         workers, rank = self.accelerator.num_processes, self.accelerator.process_index
         steps = for_steps(self.task.train_batches(), workers, rank, self.options.accumulate)
@@ -240,14 +243,18 @@ class _Run:
 
     def _close_epoch(self, loss: float) -> None:
         at = self.at
+        self.objective.end_epoch(at.epoch)
         scores = self.engine.evaluate(self.inner)
-        name, best = self.best.score
-        if name not in scores:
-            raise TaskError(f"evaluate no longer gives {name}, by which models are compared", path=self.task.path)
-        is_best = scores[name] > best
+        if self._score not in scores:
+            raise TaskError(
+                f"evaluate no longer gives {self._score}, by which models are compared", path=self.task.path
+            )
+        may = self.objective.may_be_written(at.epoch)
+        is_best = may and (self.best is None or scores[self._score] > self.best.score[1])
         if is_best:
             self.best = Best(at.epoch, scores, _copied(self.inner))
-        self.at = Position(at.epoch + 1, at.step, idle=0 if is_best else at.idle + 1, seconds=self._seconds())
+        idle = at.idle + 1 if may and not is_best else 0
+        self.at = Position(at.epoch + 1, at.step, idle=idle, seconds=self._seconds())
         self._record(at.epoch, loss, scores, is_best=is_best)
         self._save()
 
@@ -256,10 +263,14 @@ class _Run:
         self.engine.tell(self.rows)
 
     def _show(self, loss: float | None) -> None:
-        latest = self.rows[-1].scores
-        name = self.best.score[0]
-        moment = Moment(self.at.epoch, self.engine.epochs, self.at.step, self.total, loss, (name, latest[name]))
+        score = (self._score, self.rows[-1].scores[self._score])
+        moment = Moment(self.at.epoch, self.engine.epochs, self.at.step, self.total, loss, score)
         self.engine.watch(moment)
+
+    @property
+    def _score(self) -> str:
+        """The name of the score by which models are compared."""
+        return next(iter(self.rows[0].scores))
 
     def _seconds(self) -> float:
         return time.monotonic() - self.started
@@ -281,7 +292,7 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "generators": generators,
-                "best": {"epoch": self.best.epoch, "scores": dict(self.best.scores), "values": dict(self.best.values)},
+                "best": None if self.best is None else self.best.to_plain(),
                 "rows": [asdict(row) for row in self.rows],
             }
             self.engine.saved.write(content)
@@ -294,7 +305,7 @@ class _Run:
         self.optimizer.load_state_dict(found["optimizer"])
         self.scheduler.load_state_dict(found["scheduler"])
         self._random = found["generators"][self.accelerator.process_index] if self.at.steps_of_epoch else None
-        self.best = Best(**found["best"])
+        self.best = None if found["best"] is None else Best(**found["best"])
         self.rows = [Row(**row) for row in found["rows"]]
         self.resumed_at = self.at.step
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tcompress.training.objective import Method, Objective
+from tcompress.training.objective import Method, Objective, Setup
 from tcompress.training.options import Defaults
 from tcompress.workflow.task import Task
 
@@ -31,6 +31,5 @@ class Finetune(Method):
     reference: ClassVar[str] = "Han et al. 2015; Novikov et al. 2015"
     defaults: ClassVar[Defaults] = Defaults(epochs=3, lr=1e-3)
 
-    def objective(self, task: Task, model: nn.Module, teacher: nn.Module | None) -> Objective:
-        del model, teacher
-        return TaskLoss(task)
+    def objective(self, setup: Setup) -> Objective:
+        return TaskLoss(setup.task)

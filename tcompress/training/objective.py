@@ -13,20 +13,53 @@ from tcompress.workflow.task import Task
 
 
 class Objective(ABC):
-    """What is minimised."""
+    """What is minimised. Whatever changes from step to step lies in the model, so that a stopped run can go on."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of a batch, of shape (). model: as the engine runs it, perhaps wrapped."""
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Do what is due before an epoch, of which the first is 1; most methods have nothing to do."""
+    def begin_epoch(self, epoch: int, *, anew: bool) -> None:
+        """Do what is due before an epoch, of which the first is 1; most methods have nothing to do.
+
+        anew: whether its first step comes next. Else a stopped run goes on in the middle of it, with the model that
+        this had changed already: only what the model does not hold is to be made again.
+        """
+        del epoch, anew
+
+    def end_epoch(self, epoch: int) -> None:
+        """Do what is due after the last step of an epoch, before the model is scored."""
         del epoch
+
+    def may_be_written(self, epoch: int) -> bool:
+        """Tell whether the model after an epoch, 0 before the first, is one that was asked for."""
+        del epoch
+        return True
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method makes its objective from.
+
+    model: the one that learns, on its device, not wrapped. teacher: a model beside it, of a method that has one; else
+    None. epochs: at most; None where steps alone were asked for, which ``by_epochs`` rules out.
+    """
+
+    task: Task
+    model: nn.Module
+    teacher: nn.Module | None
+    epochs: int | None
+    seed: int
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to train, as a decision of plain values. uses: functions of a task that it calls where they are."""
+    """A way to train, as a decision of plain values.
+
+    uses: functions of a task that it calls where they are. has_teacher: learns from a model beside its own.
+    starts_dense: begins with a dense checkpoint and a plan; else with a compressed checkpoint. by_epochs: has to know
+    how many epochs there are.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -34,10 +67,17 @@ class Method(ABC):
     defaults: ClassVar[Defaults]
     uses: ClassVar[tuple[str, ...]] = ()
     has_teacher: ClassVar[bool] = False
+    starts_dense: ClassVar[bool] = False
+    by_epochs: ClassVar[bool] = False
+
+    def prepare(self, model: nn.Module, dense: nn.Module | None) -> None:
+        """Change the loaded model into the one that learns; most methods have nothing to do.
+
+        model: factorised layers that ``let_learn`` has made ready. dense: the same model with the dense weights, which
+        do not learn, where a dense checkpoint is known; a method with ``starts_dense`` is always given one.
+        """
+        del model, dense
 
     @abstractmethod
-    def objective(self, task: Task, model: nn.Module, teacher: nn.Module | None) -> Objective:
-        """Return what is minimised. model: the one that learns, on its device, not wrapped; teacher: a model beside it.
-
-        A method with ``has_teacher`` is given one.
-        """
+    def objective(self, setup: Setup) -> Objective:
+        """Return what is minimised. Raises UsageError and TaskError for a model or a task that does not serve."""

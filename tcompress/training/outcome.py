@@ -1,13 +1,24 @@
-"""Where a run is, what was best so far, and what it came to in the end."""
+"""What models score, where a run is, what was best so far, and what it came to in the end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from tcompress.training.history import Row
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model with its bytes on disk and its scores."""
+
+    path: Path
+    nbytes: int
+    scores: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,20 @@ class Best:
         """The name and the value of the first score."""
         return next(iter(self.scores.items()))
 
+    def to_plain(self) -> dict[str, Any]:
+        """Return it as what its constructor takes."""
+        return {"epoch": self.epoch, "scores": dict(self.scores), "values": dict(self.values)}
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. problem: why it ended before its time, None where it did not. resumed_at: a step, or None."""
+    """What a run came to.
 
-    best: Best
+    best: None where no epoch was one that may be written. problem: why it ended before its time, None where it did not.
+    resumed_at: a step, or None.
+    """
+
+    best: Best | None
     rows: tuple[Row, ...]
     steps: int
     seconds: float

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from tcompress.checkpoint.manifest import is_compressed
-from tcompress.checkpoint.opening import SAFETENSORS_SUFFIX, open_checkpoint
 from tcompress.checkpoint.output import Output
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.unchanged import Witness
-from tcompress.errors import NumericalError, UsageError
-from tcompress.runtime.install import collect
+from tcompress.errors import LimitError, NumericalError
 from tcompress.training.engine import Engine, make_accelerator
-from tcompress.training.factors import as_stored, let_learn
+from tcompress.training.factors import as_stored
 from tcompress.training.history import Row, write_history
+from tcompress.training.learner import make_learner
 from tcompress.training.methods import METHODS
+from tcompress.training.models import Models
 from tcompress.training.objective import Method
 from tcompress.training.options import TrainingOptions
-from tcompress.training.outcome import Outcome
+from tcompress.training.outcome import Best, Outcome, Scored
+from tcompress.training.starting import check_start, is_started, opened_start
 from tcompress.training.state import SavedState
 from tcompress.training.watching import Watch, unwatched
 from tcompress.version import __version__
-from tcompress.workflow.loading import load_into, load_state_dict
-from tcompress.workflow.resaving import kept_dense, write_like
+from tcompress.workflow.plan import Plan
+from tcompress.workflow.resaving import write_like
 from tcompress.workflow.results import Stored, describe, measure
+from tcompress.workflow.settings import Settings
 from tcompress.workflow.task import Task
 
 if TYPE_CHECKING:
@@ -42,15 +41,6 @@ if TYPE_CHECKING:
 NEEDS = ("model", "train_batches", "loss", "evaluate")  # functions that a task must have for finetune()
 USES = ("optimizer", "scheduler")  # and those that are used if there, beside the method's own
 _FREE = ("max_hours", "save_every", "device")  # options that two runs may differ in, and end alike
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A model with its bytes on disk and its scores."""
-
-    path: Path
-    nbytes: int
-    scores: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -80,50 +70,14 @@ class TuningResult:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Models:
-    """The checkpoints of a run, and how they become models."""
-
-    checkpoint: Checkpoint
-    task: Task
-    strip_prefix: str
-    device: torch.device
-
-    def learning(self) -> tuple[nn.Module, list[str]]:
-        """Return the model that learns, and what it must leave as it is."""
-        made = self.task.model()
-        frozen = {name for name, each in made.named_parameters(remove_duplicate=False) if not each.requires_grad}
-        model = self._loaded(made, self.checkpoint)
-        kept = kept_dense(model, self.checkpoint, strip_prefix=self.strip_prefix)
-        for name in kept:
-            model.get_parameter(name).requires_grad_(False)
-        let_learn(model, frozen)
-        return _as_float32(model).to(self.device), kept
-
-    def dense(self, checkpoint: Checkpoint) -> nn.Module:
-        """Return the model with a dense checkpoint's weights, which do not learn."""
-        model = self.task.model()
-        load_state_dict(checkpoint, model, strip_prefix=self.strip_prefix)
-        return _as_float32(model).to(self.device).eval().requires_grad_(False)
-
-    def written(self, path: Path) -> nn.Module:
-        """Return the model as it will be loaded from what was written."""
-        with open_checkpoint(path) as checkpoint:
-            model = self._loaded(self.task.model(), checkpoint)
-        return _as_float32(model).to(self.device).eval()
-
-    def _loaded(self, model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* is loaded dense: ")  # the result's notes say it
-            return load_into(model, checkpoint, strip_prefix=self.strip_prefix)
-
-
 def finetune(
     checkpoint: Checkpoint,
     task: Task,
     method: Method | None = None,
     *,
     out: Path | str,
+    plan: Plan | None = None,
+    settings: Settings | None = None,
     against: Checkpoint | None = None,
     options: TrainingOptions | None = None,
     strip_prefix: str = "",
@@ -133,9 +87,10 @@ def finetune(
 ) -> TuningResult:
     """Train the factors of a compressed checkpoint with the task's data, and write it again with the best values.
 
-    task: loaded with ``NEEDS``, and ``uses_of(method)``. method: ``Finetune()`` without one. against: the dense
-    checkpoint; ``Distill`` learns from it, its scores are measured, and errors against it. history: a file with a row
-    for each epoch, CSV or JSON.
+    task: loaded with ``NEEDS``, and ``uses_of(method)``. method: ``Finetune()`` without one. plan, settings: of a
+    method with ``starts_dense``: the checkpoint is then a dense one, which is compressed as ``compress`` does it before
+    anything is trained. against: the dense checkpoint; ``Distill`` learns from it, its scores are measured, and errors
+    against it; with a plan it is the checkpoint itself. history: a file with a row for each epoch, CSV or JSON.
 
     Biases, normalisations and dense layers learn too. Factors learn in float32 and are stored in the type that they
     had; every score is one of the model as it would be stored, and what is written is the epoch with the best first
@@ -145,60 +100,62 @@ def finetune(
     A run that is stopped, or killed, leaves its state beside ``out``; the same call goes on from there and writes the
     same bytes. Raises UsageError, OutputError, LockedError and InputError before anything is trained where they can be
     known; TaskError when the task's code fails; SafetyError when the memory is not enough; NumericalError when a loss
-    is not finite and no epoch was better than before.
+    is not finite and no epoch was better than before; LimitError when training ended before there was anything that
+    the method may write.
     """
     started = time.perf_counter()
     out, method, options = Path(out), method or METHODS["finetune"](), options or TrainingOptions()
-    _check(checkpoint, task, method, against, out)
+    settings = settings or Settings()
+    check_start(checkpoint, task, method, plan, against, options, out)
+    against = checkpoint if method.starts_dense else against
     accelerator = make_accelerator(options.device)
-    models = _Models(checkpoint, task, strip_prefix, accelerator.device)
-    files = [*checkpoint.files, *(() if against is None else against.files)]
+    files = list(dict.fromkeys([*checkpoint.files, *(() if against is None else against.files)]))
     inputs = [*files, *filter(None, [checkpoint.folder])]
     output = Output(out, is_folder=checkpoint.folder is not None, force=force, inputs=inputs)
     output.keeps_after_errors = True
     witness = Witness.of(files)
-    with _owned(output, accelerator.is_main_process, accelerator.wait_for_everyone):
-        run = _run_of(checkpoint, task, method, against, options, accelerator)
-        saved = SavedState(output.workspace, run)
-        output.is_worth_keeping = saved.exists
+    with (
+        _owned(output, accelerator),
+        opened_start(output, checkpoint, plan, settings, accelerator) as start,
+    ):
+        saved = SavedState(output.workspace, _run_of(start, task, method, against, options, accelerator))
+        output.is_worth_keeping = lambda: saved.exists() or is_started(output)
 
         def tell(rows: Sequence[Row]) -> None:
             if history is not None and accelerator.is_main_process:
                 write_history(history, rows)
 
         engine = Engine(accelerator, task, options, method.defaults, saved, tell, watch)
-        teacher, dense = _teacher(models, engine, method, against)
-        model, kept = models.learning()
-        outcome = engine.train(model, method.objective(task, model, teacher))
-        if outcome.problem is not None and outcome.best.epoch == 0:
-            output.is_worth_keeping = lambda: False  # the same steps would lead there again
-            raise NumericalError(f"{outcome.problem}; nothing was written, no epoch was better", path=task.path)
+        models = Models(start, task, strip_prefix, accelerator.device)
+        learner = make_learner(models, engine, method, against)
+        outcome = engine.train(learner.model, learner.objective)
+        best = _writable(outcome, output, task)
         witness.require_unchanged()
-        scores: Mapping[str, float] = outcome.best.scores
+        scores: Mapping[str, float] = best.scores
         if accelerator.is_main_process:
-            with as_stored(model):
-                write_like(output, model, checkpoint, strip_prefix=strip_prefix, against=against)
-            del model
+            with as_stored(learner.model):
+                write_like(output, learner.model, start, strip_prefix=strip_prefix, against=against)
             scores = engine.evaluate_alone(models.written(output.draft))
             output.commit()
         accelerator.wait_for_everyone()
+        before = Scored(checkpoint.path, describe(start).nbytes, learner.before or outcome.rows[0].scores)
     output_stored = measure(out, output.is_folder)
     return TuningResult(
         task=task.spec,
         method={"name": method.name, **asdict(method)},
-        dense=dense,
-        before=Scored(checkpoint.path, describe(checkpoint).nbytes, outcome.rows[0].scores),
+        dense=learner.dense,
+        before=before,
         after=Scored(out, output_stored.nbytes, scores),
         output=output_stored,
         rows=outcome.rows,
-        best_epoch=outcome.best.epoch,
+        best_epoch=best.epoch,
         steps=outcome.steps,
         device=str(accelerator.device),
         processes=accelerator.num_processes,
         is_main=accelerator.is_main_process,
         precision=options.precision,
         problem=outcome.problem,
-        notes=_notes(outcome, saved, kept, scores),
+        notes=_notes(outcome, best, saved, learner.kept, scores),
         seconds=time.perf_counter() - started,
     )
 
@@ -208,30 +165,28 @@ def uses_of(method: Method) -> tuple[str, ...]:
     return (*USES, *method.uses)
 
 
-def _check(checkpoint: Checkpoint, task: Task, method: Method, against: Checkpoint | None, out: Path) -> None:
-    """Raise UsageError for what cannot be trained or written, before anything is loaded."""
-    if not is_compressed(checkpoint):
-        raise UsageError("is not a compressed checkpoint; make one with `tcompress compress`", path=checkpoint.path)
-    if against is not None and is_compressed(against):
-        raise UsageError("is compressed itself; give the checkpoint it was made from", path=against.path)
-    if method.has_teacher and against is None and not task.has("teacher"):
-        way_out = "give the dense checkpoint with --teacher, or write: def teacher() -> torch.nn.Module"
-        raise UsageError(f"has no teacher for {method.name}; {way_out}", path=task.path)
-    if checkpoint.folder is None and out.suffix != SAFETENSORS_SUFFIX:
-        way_out = f"end the name with {SAFETENSORS_SUFFIX}"
-        raise UsageError(f"compressed checkpoints are safetensors files; {way_out}", path=out)
-
-
 @contextmanager
-def _owned(output: Output, is_main: bool, wait: Callable[[], object]) -> Iterator[None]:
+def _owned(output: Output, accelerator: Accelerator) -> Iterator[None]:
     """Hold the output in the main process; the others begin when it does."""
-    if is_main:
+    if accelerator.is_main_process:
         with output:
-            wait()
+            accelerator.wait_for_everyone()
             yield
     else:
-        wait()
+        accelerator.wait_for_everyone()
         yield
+
+
+def _writable(outcome: Outcome, output: Output, task: Task) -> Best:
+    """Return the epoch that is written. Raises NumericalError and LimitError where there is none."""
+    best, problem = outcome.best, outcome.problem
+    if problem is not None and (best is None or best.epoch == 0):
+        output.is_worth_keeping = lambda: False  # the same steps would lead there again
+        raise NumericalError(f"{problem}; nothing was written, no epoch was better", path=task.path)
+    if best is None:
+        why = f"ended at step {outcome.steps}, before the method had made what may be written"
+        raise LimitError(f"{why}; give it more time, with more --max-hours it goes on from there", path=task.path)
+    return best
 
 
 def _run_of(
@@ -259,37 +214,17 @@ def _run_of(
     }
 
 
-def _teacher(
-    models: _Models, engine: Engine, method: Method, against: Checkpoint | None
-) -> tuple[nn.Module | None, Scored | None]:
-    """Return the method's teacher, if it has one, and what the dense model scores, if there is one."""
-    task = models.task
-    model = None if against is None else models.dense(against)
-    dense = None
-    if against is not None and model is not None:
-        dense = Scored(against.path, describe(against).nbytes, engine.evaluate(model))
-    if not method.has_teacher:
-        return None, dense
-    if task.has("teacher"):
-        model = task.teacher().to(models.device).eval().requires_grad_(False)
-    return model, dense
-
-
-def _as_float32(model: nn.Module) -> nn.Module:
-    """Return a model of short floating numbers in float32: a step is often smaller than what they can tell apart."""
-    types = {each.dtype for each in model.parameters()} | {each.like.dtype for each in collect(model).values()}
-    return model.float() if types & {torch.bfloat16, torch.float16} else model
-
-
-def _notes(outcome: Outcome, saved: SavedState, kept: Sequence[str], scores: Mapping[str, float]) -> tuple[str, ...]:
+def _notes(
+    outcome: Outcome, best: Best, saved: SavedState, kept: Sequence[str], scores: Mapping[str, float]
+) -> tuple[str, ...]:
     notes = [f"{name} stays as it is stored: it has no factorised form in this model" for name in kept]
     if saved.restarted:
         notes.append("what an unfinished run with other settings had left was thrown away")
     if outcome.resumed_at is not None:
         notes.append(f"went on from step {outcome.resumed_at} of a run that was stopped")
-    if outcome.best.epoch == 0:
+    if best.epoch == 0:
         notes.append("no epoch was better than the model before: its values are written as they were")
-    name, best = outcome.best.score
-    if scores.get(name) != best:
-        notes.append(f"what was written has {name} {scores.get(name)}, and had {best} while it was trained")
+    name, known = best.score
+    if scores.get(name) != known:
+        notes.append(f"what was written has {name} {scores.get(name)}, and had {known} while it was trained")
     return tuple(notes)

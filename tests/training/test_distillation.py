@@ -12,6 +12,7 @@ from tcompress import load_task, make_method
 from tcompress.errors import TaskError, UsageError
 from tcompress.formats.svd import SVD
 from tcompress.training.distillation import divergence, logits_in
+from tcompress.training.objective import Setup
 from tests.training.tasks import MLP
 
 STUDENT, TEACHER = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.0, 0.0]])
@@ -48,8 +49,9 @@ def test_loss_and_divergence_are_added_by_alpha_and_its_rest(tmp_path):
     task = load_task(str(tmp_path / "task.py"), ("loss",))
     student, teacher = DigitsMLP(), DigitsMLP()
     batch = (torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))
+    setup = Setup(task, student, teacher, epochs=1, seed=0)
     with torch.no_grad():
-        found = make_method("distill", alpha=0.25, temperature=2).objective(task, student, teacher).loss(student, batch)
+        found = make_method("distill", alpha=0.25, temperature=2).objective(setup).loss(student, batch)
         apart = divergence(student(batch[0]), teacher(batch[0]), 2, "student-teacher")
         assert float(found) == pytest.approx(0.25 * float(task.loss(student, batch)) + 0.75 * float(apart))
 
