@@ -29,6 +29,7 @@ from tcompress.training.objective import Objective
 from tcompress.training.options import Defaults, TrainingOptions
 from tcompress.training.outcome import Best, Outcome, Position
 from tcompress.training.schedule import make_optimizer, make_scheduler
+from tcompress.training.sharding import require_whole_models
 from tcompress.training.state import SavedState, random_state, set_random_state
 from tcompress.training.watching import Moment, Watch
 from tcompress.workflow.task import Task
@@ -41,7 +42,11 @@ except ImportError as error:
 
 
 def make_accelerator(device: torch.device | None) -> Accelerator:
-    """Return what knows devices and processes. device: None for what it finds. Raises UsageError for another one."""
+    """Return what knows devices and processes. device: None for what it finds.
+
+    Raises UsageError for another one, and where Accelerate is to share a model out among processes.
+    """
+    require_whole_models()
     if device is not None and device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     on_cpu = device is not None and device.type == "cpu"

@@ -219,3 +219,14 @@ def test_nothing_at_all_and_no_values_are_answered(taken):
     layer = drawn(Sparse(density=0.0), 64)
     found = gradients(layer, torch.randn(3, 64))
     assert torch.equal(found["answer"], layer[0].bias.expand(3, 64))
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("setting", [LowRankSparse(rank=4, density=0.05), SparseProduct(nonzeros=3, count=3)], ids=str)
+def test_a_compiled_step_is_the_same(setting):
+    model, x = learning(setting), torch.randn(300, SIZES[1])
+    expected = gradients(model, x)
+    torch.compiler.reset()
+    found = gradients(torch.compile(model, backend="aot_eager", fullgraph=True), x)
+    for name, gradient in expected.items():
+        assert torch.allclose(found.get(name, found.get(f"_orig_mod.{name}")), gradient, rtol=1e-4, atol=1e-4), name
