@@ -333,9 +333,8 @@ class LowRankPlusSparse(Factorization):
 
     def _learns_apart(self, low_rank: Factorization, x: Tensor) -> bool:
         """Tell whether a training step is sooner done with a product for each part than with one for their sum."""
-        if (
-            self.masking or not isinstance(self.sparse, PlacedMatrix) or x.device.type != "cpu"
-        ):  # not measured elsewhere
+        is_measured = x.device.type == "cpu"
+        if self.masking or not isinstance(self.sparse, PlacedMatrix) or not is_measured:
             return False
         n = rows_in(x)
         one = dense_effort(math.prod(self.shape), n)
