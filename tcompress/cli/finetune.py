@@ -127,6 +127,12 @@ History = Annotated[
         help="A row for each epoch; default: beside -o, its name with .history.csv.", metavar="FILE.csv|.json"
     ),
 ]
+TensorBoardFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--tensorboard", help="A folder for curves that TensorBoard shows: losses, rate and scores.", metavar="DIR"
+    ),
+]
 Report = Annotated[
     Path | None, typer.Option(help="Write a report, by its suffix JSON or Markdown.", metavar="FILE.json|.md")
 ]
@@ -163,6 +169,7 @@ def finetune(
     against: Against = None,
     strip_prefix: StripPrefix = "",
     history: History = None,
+    tensorboard: TensorBoardFolder = None,
     report: Report = None,
     save_every: SaveEvery = 10.0,
     key: Key = None,
@@ -189,6 +196,7 @@ def finetune(
     from tcompress.cli.names import default_output
     from tcompress.report.tuning import tuning_document, tuning_view, write_tuning
     from tcompress.report.writing import REPORT_SUFFIXES, check_path
+    from tcompress.training.curves import check_tensorboard
     from tcompress.training.history import check_history
     from tcompress.training.methods import make_method
     from tcompress.training.tuning import NEEDS, uses_of
@@ -208,6 +216,7 @@ def finetune(
     set_threads(threads)
     check_path(report, REPORT_SUFFIXES)
     check_history(history)
+    check_tensorboard(tensorboard)
     task = load_task(task_file, NEEDS, uses_of(method))
     with open_checkpoint(model, key=key if method.starts_dense else None) as checkpoint, training_bar() as watch:
         original = None if dense is None else open_checkpoint(dense, key=key)
@@ -222,6 +231,7 @@ def finetune(
             options=options,
             strip_prefix=strip_prefix,
             history=history,
+            tensorboard=tensorboard,
             force=force,
             watch=watch,
         )

@@ -29,6 +29,7 @@ from tcompress.encodings import FactorSpec, cheapest_bytes
 from tcompress.errors import FormatError
 from tcompress.formats.effort import dense_effort
 from tcompress.formats.outlook import Outlook
+from tcompress.formats.pattern import Patterns
 
 Shape = tuple[int, ...]
 
@@ -62,6 +63,14 @@ class Factorization(nn.Module, ABC):
         """
         return self
 
+    def on_places(self, patterns: Patterns) -> tuple[Factorization, frozenset[str]]:
+        """Return the same factorization for training, and which factors it then takes as their values at places alone.
+
+        patterns: of sparse factors that learn, by name. Those that it makes no use of are given dense, as ever.
+        """
+        del patterns
+        return self, frozenset()
+
     def can_compile(self) -> bool:
         """Tell whether a compiler understands the way through the factors."""
         return True
@@ -77,6 +86,10 @@ class Factorization(nn.Module, ABC):
         groups: of the convolution. steps: input positions per output position, the product of its strides.
         """
         del groups, steps
+        return math.prod(self.shape)
+
+    def rebuilding(self) -> int:
+        """Multiplications of ``reconstruct``, at least."""
         return math.prod(self.shape)
 
     def saves(self, **geometry: Any) -> bool:

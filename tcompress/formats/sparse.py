@@ -27,9 +27,12 @@ from tcompress.formats.base import (
     require_matrix_like,
     take_factors,
 )
+from tcompress.formats.compressed import can_run
 from tcompress.formats.for_output import best_for_output, unit_moment
 from tcompress.formats.outlook import Outlook
-from tcompress.formats.rows import CompressedRows, can_run
+from tcompress.formats.pattern import Patterns
+from tcompress.formats.placed import PlacedMatrix
+from tcompress.formats.rows import CompressedRows
 from tcompress.linalg.distance import compare
 from tcompress.linalg.magnitude import keep_in_groups, keep_largest, smallest_count_for_error
 from tcompress.linalg.output_error import refit_on_support, sparse_in_metric
@@ -226,6 +229,11 @@ class SparseMatrix(Factorization):
 
     def scale_rows(self, scales: Tensor) -> None:
         self.matrix.data = self.matrix.data * scales[:, None]
+
+    def on_places(self, patterns: Patterns) -> tuple[Factorization, frozenset[str]]:
+        if "matrix" not in patterns:
+            return self, frozenset()
+        return PlacedMatrix(self.shape, patterns["matrix"]), frozenset({"matrix"})
 
     def prepared(self) -> Factorization:
         return CompressedRows(self.matrix.detach()) if len(self.shape) == 2 and can_run(self.matrix) else self

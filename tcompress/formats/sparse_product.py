@@ -6,7 +6,8 @@ The matrix is the (out, fan_in) matricisation; the smaller of the two sizes is t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Self
@@ -27,8 +28,11 @@ from tcompress.formats.base import (
     require_count,
     require_matrix_like,
 )
+from tcompress.formats.compressed import can_run, compressed_rows
+from tcompress.formats.effort import dense_effort
 from tcompress.formats.for_output import refined
-from tcompress.formats.rows import CompressedRows, can_run, compressed_rows
+from tcompress.formats.pattern import Pattern, Patterns, rows_in
+from tcompress.formats.rows import CompressedRows
 from tcompress.formats.search import smallest_reaching
 from tcompress.linalg.palm import product, sparse_product
 from tcompress.linalg.sparse_sets import default_count, full_nonzeros, sparse_product_nonzeros
@@ -142,6 +146,12 @@ class SparseFactors(Factorization):
             return super().operations()
         return sum(int(torch.count_nonzero(factor)) for factor in self.factors)
 
+    def on_places(self, patterns: Patterns) -> tuple[Factorization, frozenset[str]]:
+        names = [f"factors.{number}" for number in range(len(self.factors))]
+        if not set(names) <= set(patterns):
+            return self, frozenset()
+        return PlacedFactors(self.shape, [patterns[name] for name in names]), frozenset(names)
+
     def prepared(self) -> Factorization:
         if len(self.shape) > 2 or not can_run(self.scale):
             return self
@@ -159,8 +169,49 @@ class SparseFactors(Factorization):
         return (self.scale * state.T).reshape(*x.shape[:-1], self.shape[0])
 
     def embedding(self, ids: Tensor) -> Tensor:
-        first, *others = self.factors
-        return F.embedding(ids, first) @ (self.scale * product(list(others)))
+        return _looked_up(ids, self.scale, list(self.factors))
+
+
+def _looked_up(ids: Tensor, scale: Tensor, factors: list[Tensor]) -> Tensor:
+    """Return the rows of these ids, (*ids.shape, width), of a product of dense factors."""
+    first, *others = factors
+    return F.embedding(ids, first) @ (scale * product(others))
+
+
+class PlacedFactors(Factorization):
+    """scale: (1,); factors: of each, the values at the places of its pattern."""
+
+    def __init__(self, shape: Shape, patterns: Sequence[Callable[[], Pattern]]) -> None:
+        super().__init__()
+        self.shape = shape
+        empty = torch.empty(0, device="meta")  # all are given for each call
+        self.scale = nn.Parameter(empty, requires_grad=False)
+        self.factors = nn.ParameterList([nn.Parameter(empty, requires_grad=False) for _ in patterns])
+        self._patterns = patterns
+
+    def reconstruct(self) -> Tensor:
+        return (self.scale * product(self._dense())).reshape(self.shape)
+
+    def linear(self, x: Tensor) -> Tensor:
+        placed = self._placed()
+        if not all(pattern.suits(x, values) for pattern, values in placed):
+            return super().linear(x)
+        n, sizes = rows_in(x), [pattern.shape[0] for pattern, _ in placed]
+        multiplied = self.shape[1] * sum(map(math.prod, pairwise(sizes)))
+        if sum(pattern.effort(n) for pattern, _ in placed) > dense_effort(math.prod(self.shape), n) + multiplied:
+            return super().linear(x)
+        for pattern, values in reversed(placed):
+            x = pattern.linear(x, values)
+        return self.scale * x
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        return _looked_up(ids, self.scale, self._dense())
+
+    def _dense(self) -> list[Tensor]:
+        return [pattern.dense(values) for pattern, values in self._placed()]
+
+    def _placed(self) -> list[tuple[Pattern, Tensor]]:
+        return [(pattern(), values) for pattern, values in zip(self._patterns, self.factors, strict=True)]
 
 
 class Chain(Factorization):

@@ -91,6 +91,9 @@ class StagedFactorization(Factorization):
     def prepared(self) -> Factorization:
         return PreparedStages(self.shape, self.stages())
 
+    def rebuilding(self) -> int:
+        return self.stage_ranks()[0] * math.prod(self.shape)
+
     def operations(self, *, groups: int = 1, steps: int = 1) -> int:
         out, in_, kernel = self.shape[0], self.shape[1], math.prod(self.shape[2:])
         p, q = self.stage_ranks()

@@ -26,6 +26,7 @@ from tcompress.linalg.scaling import even_ranges
 from tcompress.linalg.tensor_train import tt_full, tt_svd
 
 _CONV_SLOWNESS = 30.0  # its convolution has one channel for each output, which no library is quick at
+_STATE_AT_ONCE = 1 << 19  # values between two cores: with more of them a training step takes up to twice as long
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,17 @@ class TensorTrainMatrix(Factorization):
         cores = list(self.cores)
         if not self.saves():
             return super().linear(x)
-        return self._through(x.reshape(-1, self.shape[1]), cores)[:, :, 0].reshape(*x.shape[:-1], self.shape[0])
+        parts = torch.split(x.reshape(-1, self.shape[1]), self._at_once(x))
+        answers = [self._through(part, cores)[:, :, 0] for part in parts]
+        whole = answers[0] if len(answers) == 1 else torch.cat(answers)
+        return whole.reshape(*x.shape[:-1], self.shape[0])
+
+    def _at_once(self, x: Tensor) -> int:
+        """Return how many inputs go through the cores together: few where all states are kept for their gradients."""
+        count = max(1, math.prod(x.shape[:-1]))
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+            return count
+        return min(count, max(1, _STATE_AT_ONCE // _largest_state(list(self.cores))))
 
     def conv(self, x: Tensor, **geometry: Any) -> Tensor:
         if not self.saves(**geometry):
@@ -199,6 +210,15 @@ def _operations(cores: list[Tensor]) -> int:
         total += outputs * left * rank * j * i * after
         outputs *= i
     return total
+
+
+def _largest_state(cores: list[Tensor]) -> int:
+    """Return how many values there are at most between two cores, for one input."""
+    largest, outputs, left = 1, 1, math.prod([core.shape[2] for core in cores])
+    for core in cores:
+        outputs, left = outputs * core.shape[1], left // core.shape[2]
+        largest = max(largest, outputs * left * core.shape[3])
+    return largest
 
 
 def digits(ids: Tensor, modes: Modes, rows: int) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tcompress.encodings import Coding
 from tcompress.formats.base import Shape
+from tcompress.formats.pattern import Pattern
 from tcompress.runtime.packed import Maker
 
 
@@ -31,6 +32,7 @@ class Learning(Maker):
         self.register_buffer("places", None if is_full else places, persistent=False)
         values = flat.reshape(self.shape) if is_full or places is None else flat[places]
         self.values = nn.Parameter(values.clone())
+        self._pattern: Pattern | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -39,11 +41,20 @@ class Learning(Maker):
 
     def forward(self) -> Tensor:
         """Return the factor, with gradients for its values."""
-        if self.places is None:
-            return self.values
-        # The positions are all different, so that the result does not hang on an order.
-        flat = self.values.new_zeros(math.prod(self.shape)).index_copy(0, self.places, self.values)
-        return flat.reshape(self.shape)
+        return self.pattern().dense(self.values).reshape(self.shape) if self.is_placed else self.values
+
+    @property
+    def is_placed(self) -> bool:
+        return self.places is not None
+
+    def pattern(self) -> Pattern:
+        assert self.places is not None, "asked for only where it is placed"  # noqa: S101
+        if self._pattern is None or self._pattern.flat is not self.places:  # of another device, or given anew
+            self._pattern = Pattern(self.places, (self.shape[0], math.prod(self.shape[1:])))
+        return self._pattern
+
+    def at_places(self) -> Tensor:
+        return self.values
 
 
 class Pruned(Learning):

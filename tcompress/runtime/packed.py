@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -13,12 +13,26 @@ from tcompress.encodings import Coding
 from tcompress.errors import UsageError
 from tcompress.formats import Format
 from tcompress.formats.base import Factorization, Shape
+from tcompress.formats.pattern import Pattern
 
 
 class Maker(nn.Module):
     """A module that, called without arguments, returns one factor, of its ``shape``."""
 
     shape: Shape
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it is values, at places that stay, between zeros."""
+        return False
+
+    def pattern(self) -> Pattern:
+        """Return the places of a factor that has them."""
+        raise NotImplementedError(f"{type(self).__name__} has no places")
+
+    def at_places(self) -> Tensor:
+        """Return the values there, (values,)."""
+        raise NotImplementedError(f"{type(self).__name__} has no places")
 
 
 class Packed(Maker):
@@ -82,6 +96,8 @@ class PackedFactorization(Factorization):
         self.names = tuple(stored)
         sizes = {name: held.shape for name, held in stored.items()}
         skeleton = setting.load(shape, {name: torch.empty(size, device="meta") for name, size in sizes.items()})
+        patterns = {name: held.pattern for name, held in stored.items() if isinstance(held, Maker) and held.is_placed}
+        skeleton, self.placed = skeleton.on_places(patterns)
         self._skeleton = (skeleton.requires_grad_(False),)  # in a tuple: its parameters are nobody's
         for name, held in stored.items():
             _attach(self, name, held)
@@ -95,7 +111,8 @@ class PackedFactorization(Factorization):
 
     def run(self, operation: str, dtype: torch.dtype, *inputs: Tensor, **geometry: Any) -> Tensor:
         """Run an operation of the factorization with factors of a type."""
-        result: Tensor = functional_call(self._skeleton[0], self.unpacked(dtype), (operation, *inputs), geometry)
+        given = {name: held.to(dtype) for name, held in held_values(self, self.names, self.placed)}
+        result: Tensor = functional_call(self._skeleton[0], given, (operation, *inputs), geometry)
         return result
 
     def linear(self, x: Tensor) -> Tensor:
@@ -167,11 +184,14 @@ def held_in(factors: Factorization) -> dict[str, Held]:
     return dict(factors.named_parameters(remove_duplicate=False))
 
 
-def held_values(root: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and values of factors."""
+def held_values(root: nn.Module, names: tuple[str, ...], placed: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and values of factors; placed: those of which the values at places alone are wanted."""
     for name in names:
         held = _held(root, name)
-        yield name, held if isinstance(held, nn.Parameter) else held()
+        if isinstance(held, nn.Parameter):
+            yield name, held
+        else:
+            yield name, held.at_places() if name in placed else held()
 
 
 def _viewed(tensors: Mapping[str, Tensor | None], old: torch.dtype, new: torch.dtype) -> dict[str, Tensor | None]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tcompress.errors import NumericalError, TaskError, UsageError
 from tcompress.training.batches import count_batches, for_steps, seed_all, steps_in
+from tcompress.training.curves import Curves
 from tcompress.training.factors import as_stored, learning_factors
 from tcompress.training.history import Row
 from tcompress.training.losses import Losses, naming
@@ -28,6 +29,7 @@ from tcompress.training.objective import Objective
 from tcompress.training.options import Defaults, TrainingOptions
 from tcompress.training.outcome import Best, Outcome, Position
 from tcompress.training.schedule import make_optimizer, make_scheduler
+from tcompress.training.sharding import require_whole_models
 from tcompress.training.state import SavedState, random_state, set_random_state
 from tcompress.training.watching import Moment, Watch
 from tcompress.workflow.task import Task
@@ -40,7 +42,11 @@ except ImportError as error:
 
 
 def make_accelerator(device: torch.device | None) -> Accelerator:
-    """Return what knows devices and processes. device: None for what it finds. Raises UsageError for another one."""
+    """Return what knows devices and processes. device: None for what it finds.
+
+    Raises UsageError for another one, and where Accelerate is to share a model out among processes.
+    """
+    require_whole_models()
     if device is not None and device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     on_cpu = device is not None and device.type == "cpu"
@@ -67,9 +73,10 @@ class Engine:
         saved: SavedState,
         tell: Callable[[Sequence[Row]], None],
         watch: Watch,
+        curves: Curves,
     ) -> None:
         self.accelerator, self.task, self.options, self.defaults = accelerator, task, options, defaults
-        self.saved, self.tell, self.watch = saved, tell, watch
+        self.saved, self.tell, self.watch, self.curves = saved, tell, watch, curves
 
     def train(self, model: nn.Module, objective: Objective) -> Outcome:
         """Train a model that is on its device, and leave it with the best values.
@@ -158,8 +165,10 @@ class _Run:
         found = self.engine.saved.read()
         if found is not None:
             self._restore(found)
+            self.engine.curves.begin(self.at.step + 1)
             self.engine.tell(self.rows)
             return
+        self.engine.curves.begin(0)
         scores = self.engine.evaluate(self.inner)
         if self.objective.may_be_written(0):
             self.best = Best(0, scores, _copied(self.inner))
@@ -186,7 +195,7 @@ class _Run:
         if self._random is not None:
             set_random_state(self._random)
             self._random = None
-        losses = Losses(self.at.step, self.at.losses)
+        losses = Losses(self.at.step, self.at.losses, self.engine.curves.loss)
         for batches in steps:
             losses.add(self._step(batches))
             self.at = replace(self.at, step=self.at.step + 1, steps_of_epoch=self.at.steps_of_epoch + 1)
@@ -295,6 +304,7 @@ class _Run:
                 "best": None if self.best is None else self.best.to_plain(),
                 "rows": [asdict(row) for row in self.rows],
             }
+            self.engine.curves.flush()
             self.engine.saved.write(content)
         self.accelerator.wait_for_everyone()
         self.saved_at = self.at.seconds

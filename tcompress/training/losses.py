@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,13 @@ _SMALLER = (
 
 
 class Losses:
-    """The losses of an epoch. A loss is looked at one step later: a device need not wait for the next step."""
+    """The losses of an epoch. A loss is looked at one step later: a device need not wait for the next step.
 
-    def __init__(self, first: int, known: float) -> None:
+    tell: is given the number of each step and its loss when that is looked at.
+    """
+
+    def __init__(self, first: int, known: float, tell: Callable[[int, float], None]) -> None:
+        self._tell = tell
         self.latest: float | None = None
         self._sum, self._count, self._pending = known, first, list[Tensor]()
 
@@ -44,6 +48,7 @@ class Losses:
                 said = "NaN" if math.isnan(self.latest) else "infinite"
                 raise NumericalError(f"step {self._count}: the loss is {said}; a smaller --lr may keep it finite")
             self._sum += self.latest
+            self._tell(self._count, self.latest)
         self._pending.clear()
 
 

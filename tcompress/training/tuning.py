@@ -16,6 +16,7 @@ from tcompress.checkpoint.output import Output
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.unchanged import Witness
 from tcompress.errors import LimitError, NumericalError
+from tcompress.training.curves import check_tensorboard, curves_in
 from tcompress.training.engine import Engine, make_accelerator
 from tcompress.training.factors import as_stored
 from tcompress.training.history import Row, write_history
@@ -82,6 +83,7 @@ def finetune(
     options: TrainingOptions | None = None,
     strip_prefix: str = "",
     history: Path | None = None,
+    tensorboard: Path | None = None,
     force: bool = False,
     watch: Watch = unwatched,
 ) -> TuningResult:
@@ -91,6 +93,7 @@ def finetune(
     method with ``starts_dense``: the checkpoint is then a dense one, which is compressed as ``compress`` does it before
     anything is trained. against: the dense checkpoint; ``Distill`` learns from it, its scores are measured, and errors
     against it; with a plan it is the checkpoint itself. history: a file with a row for each epoch, CSV or JSON.
+    tensorboard: a folder for curves that TensorBoard shows.
 
     Biases, normalisations and dense layers learn too. Factors learn in float32 and are stored in the type that they
     had; every score is one of the model as it would be stored, and what is written is the epoch with the best first
@@ -107,6 +110,7 @@ def finetune(
     out, method, options = Path(out), method or METHODS["finetune"](), options or TrainingOptions()
     settings = settings or Settings()
     check_start(checkpoint, task, method, plan, against, options, out)
+    check_tensorboard(tensorboard)
     against = checkpoint if method.starts_dense else against
     accelerator = make_accelerator(options.device)
     files = list(dict.fromkeys([*checkpoint.files, *(() if against is None else against.files)]))
@@ -117,6 +121,7 @@ def finetune(
     with (
         _owned(output, accelerator),
         opened_start(output, checkpoint, plan, settings, accelerator) as start,
+        curves_in(tensorboard if accelerator.is_main_process else None) as curves,
     ):
         saved = SavedState(output.workspace, _run_of(start, task, method, against, options, accelerator))
         output.is_worth_keeping = lambda: saved.exists() or is_started(output)
@@ -124,8 +129,9 @@ def finetune(
         def tell(rows: Sequence[Row]) -> None:
             if history is not None and accelerator.is_main_process:
                 write_history(history, rows)
+            curves.rows(rows)
 
-        engine = Engine(accelerator, task, options, method.defaults, saved, tell, watch)
+        engine = Engine(accelerator, task, options, method.defaults, saved, tell, watch, curves)
         models = Models(start, task, strip_prefix, accelerator.device)
         learner = make_learner(models, engine, method, against)
         outcome = engine.train(learner.model, learner.objective)

@@ -26,8 +26,8 @@ from scipy import sparse as scipy_sparse
 from torch import Tensor, nn
 
 from tcompress.formats import Format, find_format, make, parse
+from tcompress.formats.compressed import compressed_rows
 from tcompress.formats.effort import dense_effort
-from tcompress.formats.rows import compressed_rows
 from tcompress.runtime.install import factorized
 from tcompress.runtime.modules import Factorized
 from tcompress.runtime.packed import assemble

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorly.decomposition import tensor_train_matrix
 
+from tcompress.formats import ttm
 from tcompress.formats.ttm import TTMatrix
 
 
@@ -182,3 +183,28 @@ def test_what_is_reached_is_within_the_error_and_its_last_rank_minimal(weight, w
     if found.ranks[-1] > 1:
         poorer = TTMatrix(ranks=(*found.ranks[:-1], found.ranks[-1] - 1))
         assert lost(weight, poorer) > wanted * norm * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(40,), (3, 13), (0,), ()], ids=str)
+def test_inputs_go_through_the_cores_some_at_a_time_with_the_gradients_of_the_dense_weight(shape, monkeypatch):
+    factors = TTMatrix(rank=2).fit(tensor_of(48, 35))
+    most = max(
+        math.prod(core.shape[1] for core in factors.cores[: k + 1])
+        * math.prod(core.shape[2] for core in factors.cores[k + 1 :])
+        * factors.cores[k].shape[3]
+        for k in range(len(factors.cores))
+    )
+    monkeypatch.setattr(ttm, "_STATE_AT_ONCE", 7 * most)
+    sizes = []
+    plain = ttm.contracted
+    monkeypatch.setattr(ttm, "contracted", lambda x, *rest: sizes.append(len(x)) or plain(x, *rest))
+    x = tensor_of(*shape, 35, seed=1).requires_grad_()
+    weights = torch.linspace(-1, 1, 48)
+    found = torch.autograd.grad((factors.linear(x) * weights).square().sum(), [x, *factors.cores])
+    expected = torch.autograd.grad(((x @ factors.reconstruct().T) * weights).square().sum(), [x, *factors.cores])
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-3) for one, other in zip(found, expected, strict=True))
+    count = math.prod(shape)
+    assert sizes == [7] * (count // 7) + ([count % 7] if count % 7 or not count else [])
+    with torch.no_grad():
+        factors.linear(x)
+    assert sizes[-1] == count

@@ -9,7 +9,8 @@ import torch
 
 from tcompress.errors import UsageError
 from tcompress.formats.addends import Addends
-from tcompress.formats.rows import CompressedRows, compressed_rows
+from tcompress.formats.compressed import compressed_rows
+from tcompress.formats.rows import CompressedRows
 from tcompress.formats.sparse_product import Chain
 from tcompress.formats.staged import PreparedStages
 from tcompress.formats.svd import LowRankMatrix

@@ -36,7 +36,11 @@ def tune(tmp_path):
         (tmp_path / "task.py").write_text(text)
         method = method or package.make_method("finetune")
         task = package.load_task(str(tmp_path / "task.py"), NEEDS, uses_of(method))
-        named = {name: rest.pop(name) for name in ("history", "force", "strip_prefix", "watch") if name in rest}
+        named = {
+            name: rest.pop(name)
+            for name in ("history", "tensorboard", "force", "strip_prefix", "watch")
+            if name in rest
+        }
         options = package.TrainingOptions(device=torch.device("cpu"), **{"epochs": 2, **rest})
         dense = None if against is None else open_checkpoint(against)
         return finetune(

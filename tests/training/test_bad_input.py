@@ -144,3 +144,17 @@ def test_training_without_accelerate_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"training needs accelerate .*: pip install 'tcompress\[train\]'"):
         importlib.import_module("tcompress.training.engine")
+
+
+@pytest.mark.parametrize("what", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_a_launcher_that_shares_the_model_out_is_refused_before_anything_is_loaded(
+    what, small, tune, tmp_path, monkeypatch
+):
+    path, text = small(SVD(rank=4)), MLP + "\ndef model():\n    raise RuntimeError('it has begun')\n"
+    monkeypatch.setenv(f"ACCELERATE_USE_{what}", "false")
+    with pytest.raises(TaskError, match="it has begun"):
+        tune(path, text=text)
+    monkeypatch.setenv(f"ACCELERATE_USE_{what}", "true")
+    with pytest.raises(UsageError, match=r"set up for .*, and factors are not trained in shards; .* --multi_gpu"):
+        tune(path, text=text)
+    assert not list(tmp_path.glob(".*"))
