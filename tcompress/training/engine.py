@@ -314,5 +314,8 @@ _UNTOUCHED = "no gradient reaches any factor; compute it from model(...), withou
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
-    """Return a state dict of its own, on the CPU."""
-    return {name: copy.deepcopy(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+    """Return a state dict of its own, on the CPU; with versions, without which modules take it for an old one."""
+    state: dict[str, Tensor] = model.state_dict()
+    for name, tensor in state.items():
+        state[name] = copy.deepcopy(tensor.detach()).cpu()
+    return state
