@@ -191,8 +191,8 @@ def finetune(
     from tcompress.report.writing import REPORT_SUFFIXES, check_path
     from tcompress.training.history import check_history
     from tcompress.training.methods import make_method
-    from tcompress.training.tuning import NEEDS, uses_of
     from tcompress.training.tuning import finetune as tune
+    from tcompress.training.tuning import needs_of, uses_of
     from tcompress.workflow.settings import Settings
     from tcompress.workflow.task import load_task
 
@@ -208,7 +208,7 @@ def finetune(
     set_threads(threads)
     check_path(report, REPORT_SUFFIXES)
     check_history(history)
-    task = load_task(task_file, NEEDS, uses_of(method))
+    task = load_task(task_file, needs_of(method), uses_of(method))
     with open_checkpoint(model, key=key if method.starts_dense else None) as checkpoint, training_bar() as watch:
         original = None if dense is None else open_checkpoint(dense, key=key)
         result = tune(
