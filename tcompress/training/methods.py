@@ -10,8 +10,9 @@ from tcompress.formats.options import split
 from tcompress.training.distillation import Distill
 from tcompress.training.finetuning import Finetune
 from tcompress.training.objective import Method
+from tcompress.training.reconstruction import Reconstruct
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Distill)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Distill, Reconstruct)}
 
 
 def make_method(text: str, **options: Any) -> Method:
