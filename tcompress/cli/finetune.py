@@ -50,8 +50,9 @@ MethodName = Annotated[
     str,
     typer.Option(
         "--method",
-        help="finetune: the task's loss; distill: beside it the outputs of the dense model; prune: the same, while "
-        "the dense MODEL is pruned down to a plan. Options of a method stand behind it, as distill:alpha=0.5.",
+        help="finetune: the task's loss; distill: beside it the outputs of the dense model; reconstruct: what each "
+        "layer or block of the dense model gives, without labels; prune: as distill, while the dense MODEL is pruned "
+        "down to a plan. Options of a method stand behind it, as distill:alpha=0.5.",
         metavar="METHOD[:OPTION=VALUE...]",
         rich_help_panel=_LEARNING,
     ),
@@ -59,7 +60,7 @@ MethodName = Annotated[
 Teacher = Annotated[
     Path | None,
     typer.Option(
-        help="The dense checkpoint that distill learns from; default: that of --against, or the task's teacher().",
+        help="The dense checkpoint that is learnt from; default: that of --against, or the task's teacher().",
         metavar="MODEL",
         rich_help_panel=_DISTILL,
     ),
@@ -199,8 +200,8 @@ def finetune(
     from tcompress.training.curves import check_tensorboard
     from tcompress.training.history import check_history
     from tcompress.training.methods import make_method
-    from tcompress.training.tuning import NEEDS, uses_of
     from tcompress.training.tuning import finetune as tune
+    from tcompress.training.tuning import needs_of, uses_of
     from tcompress.workflow.settings import Settings
     from tcompress.workflow.task import load_task
 
@@ -217,7 +218,7 @@ def finetune(
     check_path(report, REPORT_SUFFIXES)
     check_history(history)
     check_tensorboard(tensorboard)
-    task = load_task(task_file, NEEDS, uses_of(method))
+    task = load_task(task_file, needs_of(method), uses_of(method))
     with open_checkpoint(model, key=key if method.starts_dense else None) as checkpoint, training_bar() as watch:
         original = None if dense is None else open_checkpoint(dense, key=key)
         result = tune(
@@ -245,8 +246,12 @@ def finetune(
 
 def _dense(against: Path | None, teacher: Path | None, *, has_teacher: bool) -> Path | None:
     """Return the dense checkpoint, under whichever name it was given."""
+    from tcompress.training.methods import METHODS
+
     if teacher is not None and not has_teacher:
-        raise UsageError("--teacher goes with --method distill; --against gives the dense checkpoint to compare with")
+        taught = " or ".join(name for name, method in METHODS.items() if method.has_teacher)
+        way_out = "--against gives the dense checkpoint to compare with"
+        raise UsageError(f"--teacher goes with --method {taught}; {way_out}")
     if teacher is not None and against is not None and teacher != against:
         raise UsageError("--teacher and --against are two checkpoints; the dense one is both")
     return teacher or against

@@ -41,10 +41,12 @@ def count_batches(task: Task, seed: int) -> int:
         for _ in task.train_batches():
             count += 1
             if count > _MOST_COUNTED:
-                problem = f"train_batches gives more than {_MOST_COUNTED} batches; say with --steps how many are enough"
+                problem = (
+                    f"{task.batches} gives more than {_MOST_COUNTED} batches; say with --steps how many are enough"
+                )
                 raise UsageError(problem, path=task.path)
     if count == 0:
-        raise TaskError("train_batches gives no batch", path=task.path)
+        raise TaskError(f"{task.batches} gives no batch", path=task.path)
     return count
 
 

@@ -124,7 +124,7 @@ class _Run:
         self.total = self._planned_steps()
         parameters = [each for each in model.parameters() if each.requires_grad]
         optimizer = make_optimizer(self.task, parameters, self.options.lr, engine.defaults.lr)
-        self.scheduler = make_scheduler(self.task, optimizer, self.total)
+        self.scheduler = make_scheduler(self.task, optimizer, lambda step: objective.rate(step, self.total))
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.at, self.rows = Position(), list[Row]()
         self.best: Best | None = None
@@ -157,7 +157,8 @@ class _Run:
         steps = epochs * steps_in(batches, self.accelerator.num_processes, self.options.accumulate)
         if steps == 0:
             processes = self.accelerator.num_processes
-            raise UsageError(f"train_batches gives {batches} batch(es) for {processes} processes", path=self.task.path)
+            problem = f"{self.task.batches} gives {batches} batch(es) for {processes} processes"
+            raise UsageError(problem, path=self.task.path)
         return steps if most is None else min(steps, most)
 
     def _begin(self) -> None:
@@ -197,13 +198,14 @@ class _Run:
             self._random = None
         losses = Losses(self.at.step, self.at.losses, self.engine.curves.loss)
         for batches in steps:
+            self.objective.begin_step(self.at.step, self.total)
             losses.add(self._step(batches))
             self.at = replace(self.at, step=self.at.step + 1, steps_of_epoch=self.at.steps_of_epoch + 1)
             self._show(losses.latest)
             if self._is_stopped(losses):
                 break
         if self.at.steps_of_epoch == 0 or passed_over < used:
-            problem = f"epoch {self.at.epoch}: train_batches gives too few batches; it must give all, each time"
+            problem = f"epoch {self.at.epoch}: {self.task.batches} gives too few batches; it must give all, each time"
             raise TaskError(problem, path=self.task.path)
         self._close_epoch(losses.sum() / self.at.steps_of_epoch)
 
@@ -324,5 +326,8 @@ _UNTOUCHED = "no gradient reaches any factor; compute it from model(...), withou
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
-    """Return a state dict of its own, on the CPU."""
-    return {name: copy.deepcopy(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+    """Return a state dict of its own, on the CPU; with versions, without which modules take it for an old one."""
+    state: dict[str, Tensor] = model.state_dict()
+    for name, tensor in state.items():
+        state[name] = copy.deepcopy(tensor.detach()).cpu()
+    return state

@@ -14,9 +14,7 @@ from tcompress.errors import NumericalError, SafetyError, TaskError
 from tcompress.training.batches import samples_in
 from tcompress.workflow.task import Task
 
-_SMALLER = (
-    "make the batches of train_batches smaller (--accumulate N keeps the step as large), or take --precision bf16"
-)
+_SMALLER = "smaller (--accumulate N keeps the step as large), or take --precision bf16"
 
 
 class Losses:
@@ -62,9 +60,10 @@ def naming(task: Task, step: str, batch: Any) -> Iterator[None]:
         if cause is not None and _is_out_of_memory(cause):
             size = samples_in(batch)
             what = "a batch" if size is None else f"a batch of {size}"
-            raise SafetyError(f"{step}: not enough memory for {what}; {_SMALLER}", path=task.path) from cause
+            way_out = f"make the batches of {task.batches} {_SMALLER}"
+            raise SafetyError(f"{step}: not enough memory for {what}; {way_out}", path=task.path) from cause
         if cause is not None and isinstance(error, TaskError):
-            raise TaskError(f"{step}, with a batch of train_batches: {error.reason}", path=error.path) from cause
+            raise TaskError(f"{step}, with a batch of {task.batches}: {error.reason}", path=error.path) from cause
         raise
 
 

@@ -11,8 +11,9 @@ from tcompress.training.distillation import Distill
 from tcompress.training.finetuning import Finetune
 from tcompress.training.objective import Method
 from tcompress.training.pruning import Prune
+from tcompress.training.reconstruction import Reconstruct
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Distill, Prune)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Distill, Reconstruct, Prune)}
 
 
 def make_method(text: str, **options: Any) -> Method:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from tcompress.training.options import Defaults
+from tcompress.training.schedule import cosine
 from tcompress.workflow.plan import Plan
 from tcompress.workflow.task import Task
 
 
 class Objective(ABC):
-    """What is minimised. Whatever changes from step to step lies in the model, so that a stopped run can go on."""
+    """What is minimised. Whatever changes from step to step lies in the model, or hangs on the step's number alone."""
+
+    notes: Sequence[str] = ()  # what a user should know of this model, a line each
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -31,6 +35,14 @@ class Objective(ABC):
     def end_epoch(self, epoch: int) -> None:
         """Do what is due after the last step of an epoch, before the model is scored."""
         del epoch
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Do what is due before a step, of which the first is 0, of so many; most methods have nothing to do."""
+        del step, steps
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the part of the highest rate of the default optimizer that a step learns with."""
+        return cosine(step, steps)
 
     def may_be_written(self, epoch: int) -> bool:
         """Tell whether the model after an epoch, 0 before the first, is one that was asked for."""
@@ -57,15 +69,16 @@ class Setup:
 class Method(ABC):
     """A way to train, as a decision of plain values.
 
-    uses: functions of a task that it calls where they are. has_teacher: learns from a model beside its own.
-    starts_dense: begins with a dense checkpoint and a plan; else with a compressed checkpoint. by_epochs: has to know
-    how many epochs there are.
+    needs: functions that a task must have beside ``model`` and ``evaluate``. uses: those it calls where they are.
+    has_teacher: learns from a model beside its own. starts_dense: begins with a dense checkpoint and a plan; else with
+    a compressed checkpoint. by_epochs: has to know how many epochs there are.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str]
     defaults: ClassVar[Defaults]
+    needs: ClassVar[tuple[str, ...]] = ("train_batches", "loss")
     uses: ClassVar[tuple[str, ...]] = ()
     has_teacher: ClassVar[bool] = False
     starts_dense: ClassVar[bool] = False
@@ -74,6 +87,10 @@ class Method(ABC):
     def check_plan(self, plan: Plan) -> None:
         """Raise UsageError for a plan that does not serve, of a method with ``starts_dense``."""
         del plan
+
+    def fitted(self, task: Task) -> Task:
+        """Return the task as it serves this method. Raises UsageError for one that does not."""
+        return task
 
     def prepare(self, model: nn.Module, dense: nn.Module | None) -> None:
         """Change the loaded model into the one that learns; most methods have nothing to do.

@@ -51,7 +51,7 @@ class Best:
 
     def to_plain(self) -> dict[str, Any]:
         """Return it as what its constructor takes."""
-        return {"epoch": self.epoch, "scores": dict(self.scores), "values": dict(self.values)}
+        return {"epoch": self.epoch, "scores": dict(self.scores), "values": self.values}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -24,13 +25,13 @@ def make_optimizer(task: Task, parameters: list[nn.Parameter], lr: float | None,
     return task.optimizer(parameters)
 
 
-def make_scheduler(task: Task, optimizer: Optimizer, steps: int) -> LRScheduler:
-    """Return the task's scheduler; a cosine to zero over all steps for the default optimizer; else a constant rate."""
+def make_scheduler(task: Task, optimizer: Optimizer, rate: Callable[[int], float]) -> LRScheduler:
+    """Return the task's scheduler; for the default optimizer the method's rate at each step; else a constant one."""
     if task.has("scheduler"):
         return task.scheduler(optimizer)
     if task.has("optimizer"):
         return LambdaLR(optimizer, lambda _: 1.0)
-    return LambdaLR(optimizer, lambda step: cosine(step, steps))
+    return LambdaLR(optimizer, rate)
 
 
 def cosine(step: int, steps: int) -> float:

@@ -39,7 +39,7 @@ from tcompress.workflow.task import Task
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-NEEDS = ("model", "train_batches", "loss", "evaluate")  # functions that a task must have for finetune()
+_NEEDS = ("model", "evaluate")  # functions that a task must have for finetune(), beside the method's own
 USES = ("optimizer", "scheduler")  # and those that are used if there, beside the method's own
 _FREE = ("max_hours", "save_every", "device")  # options that two runs may differ in, and end alike
 
@@ -89,11 +89,11 @@ def finetune(
 ) -> TuningResult:
     """Train the factors of a compressed checkpoint with the task's data, and write it again with the best values.
 
-    task: loaded with ``NEEDS``, and ``uses_of(method)``. method: ``Finetune()`` without one. plan, settings: of a
-    method with ``starts_dense``: the checkpoint is then a dense one, which is compressed as ``compress`` does it before
-    anything is trained. against: the dense checkpoint; ``Distill`` learns from it, its scores are measured, and errors
-    against it; with a plan it is the checkpoint itself. history: a file with a row for each epoch, CSV or JSON.
-    tensorboard: a folder for curves that TensorBoard shows.
+    task: loaded with ``needs_of(method)`` and ``uses_of(method)``. method: ``Finetune()`` without one. plan, settings:
+    of a method with ``starts_dense``: the checkpoint is then a dense one, which is compressed as ``compress`` does it
+    before anything is trained. against: the dense checkpoint; a method with a teacher learns from it, its scores are
+    measured, and errors against it; with a plan it is the checkpoint itself. history: a file with a row for each epoch,
+    CSV or JSON. tensorboard: a folder for curves that TensorBoard shows.
 
     Biases, normalisations and dense layers learn too. Factors learn in float32 and are stored in the type that they
     had; every score is one of the model as it would be stored, and what is written is the epoch with the best first
@@ -111,7 +111,7 @@ def finetune(
     settings = settings or Settings()
     check_start(checkpoint, task, method, plan, against, options, out)
     check_tensorboard(tensorboard)
-    against = checkpoint if method.starts_dense else against
+    against, task = checkpoint if method.starts_dense else against, method.fitted(task)
     accelerator = make_accelerator(options.device)
     files = list(dict.fromkeys([*checkpoint.files, *(() if against is None else against.files)]))
     inputs = [*files, *filter(None, [checkpoint.folder])]
@@ -161,9 +161,14 @@ def finetune(
         is_main=accelerator.is_main_process,
         precision=options.precision,
         problem=outcome.problem,
-        notes=_notes(outcome, best, saved, learner.kept, scores),
+        notes=(*learner.objective.notes, *_notes(outcome, best, saved, learner.kept, scores)),
         seconds=time.perf_counter() - started,
     )
+
+
+def needs_of(method: Method) -> tuple[str, ...]:
+    """Return the functions that a task must have."""
+    return (*_NEEDS, *method.needs)
 
 
 def uses_of(method: Method) -> tuple[str, ...]:

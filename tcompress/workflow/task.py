@@ -58,7 +58,8 @@ _MOST = 1000  # characters of somebody else's message
 class Task:
     """What a user's file says about a model. Every call runs the user's code.
 
-    spec: ``task.py`` or ``task.py:name``, as it was asked for. path: the file.
+    spec: ``task.py`` or ``task.py:name``, as it was asked for. path: the file. batches: the function that gives the
+    batches to train on.
 
     What the code prints goes to stderr. Whatever it raises becomes a TaskError that names file, line, type and message;
     KeyboardInterrupt, Stopped and errors of this package pass.
@@ -67,6 +68,7 @@ class Task:
     def __init__(self, spec: str, path: Path, functions: Mapping[str, Callable[..., Any]]) -> None:
         self.spec = spec
         self.path = path
+        self.batches = "train_batches"
         self._functions = dict(functions)
 
     def has(self, name: str) -> bool:
@@ -103,9 +105,15 @@ class Task:
         """Yield inputs of the model. Raises TaskError when the user's iterable fails, or is none."""
         return self._batches("calibration_batches")
 
+    def with_batches_of(self, name: str) -> Task:
+        """Return the task with this function in the place of its ``train_batches``."""
+        task = Task(self.spec, self.path, self._functions)
+        task.batches = name
+        return task
+
     def train_batches(self) -> Iterator[Any]:
-        """Yield batches for ``loss``. Raises TaskError when the user's iterable fails, or is none."""
-        return self._batches("train_batches")
+        """Yield batches to train on, for ``loss``. Raises TaskError when the user's iterable fails, or is none."""
+        return self._batches(self.batches)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss, of shape (). Raises TaskError when it is no tensor of one floating value."""
@@ -152,7 +160,7 @@ class Task:
 
     def batch_count(self) -> int | None:
         """Return how many training batches there are, None where what gives them does not say."""
-        found = self._call("train_batches")
+        found = self._call(self.batches)
         try:
             return int(_run(self.path, len, found))
         except TaskError as error:

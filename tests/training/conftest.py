@@ -10,7 +10,7 @@ import torch
 
 import tcompress as package
 from tcompress.checkpoint.opening import open_checkpoint
-from tcompress.training.tuning import NEEDS, finetune, uses_of
+from tcompress.training.tuning import finetune, needs_of, uses_of
 from tcompress.workflow.settings import Settings
 from tests.training.tasks import MLP
 
@@ -35,12 +35,12 @@ def tune(tmp_path):
     def call(checkpoint: Path, method=None, *, text: str = MLP, out: str = "tuned.safetensors", against=None, **rest):
         (tmp_path / "task.py").write_text(text)
         method = method or package.make_method("finetune")
-        task = package.load_task(str(tmp_path / "task.py"), NEEDS, uses_of(method))
         named = {
             name: rest.pop(name)
             for name in ("history", "tensorboard", "force", "strip_prefix", "watch")
             if name in rest
         }
+        task = package.load_task(str(tmp_path / "task.py"), needs_of(method), uses_of(method))
         options = package.TrainingOptions(device=torch.device("cpu"), **{"epochs": 2, **rest})
         dense = None if against is None else open_checkpoint(against)
         return finetune(

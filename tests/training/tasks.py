@@ -89,6 +89,29 @@ def evaluate(model):
     return -float(model(torch.ones(1, 24)).square().mean())
 """
 
+# A normalisation that keeps no count of its batches, as in files of before 2018.
+UNCOUNTED = """
+import os
+import torch
+from torch import nn
+
+def model():
+    made = nn.Sequential(nn.Linear(24, 24), nn.BatchNorm1d(24), nn.Linear(24, 24))
+    made[1].num_batches_tracked = None
+    return made
+
+def train_batches():
+    yield from torch.randn(4, 16, 24)
+    if os.environ.get("DIE_HOW") == "interrupt":
+        raise KeyboardInterrupt
+
+def loss(model, batch):
+    return (model(batch) - batch).square().mean()
+
+def evaluate(model):
+    return 1.0
+"""
+
 
 def factors(path: Path) -> dict[tuple[str, str], Tensor]:
     """Return the values of all factors in a file, by layer and name."""

@@ -17,7 +17,7 @@ from tcompress.runtime.install import collect
 from tcompress.training.finetuning import TaskLoss
 from tcompress.training.objective import Method, Objective, Setup
 from tcompress.training.options import Defaults, TrainingOptions
-from tcompress.training.tuning import NEEDS, finetune
+from tcompress.training.tuning import finetune, needs_of
 from tests.training.tasks import MLP
 
 PLAN = plan_for(SVD(rank=4))
@@ -61,7 +61,7 @@ class Late(Method):
 def late(tmp_path, fixtures):
     def call(plan=PLAN, method=None, text=MLP, source=None, out="late.safetensors", **options):
         (tmp_path / "task.py").write_text(text)
-        task = package.load_task(str(tmp_path / "task.py"), NEEDS)
+        task = package.load_task(str(tmp_path / "task.py"), needs_of(Late()))
         chosen = TrainingOptions(device=torch.device("cpu"), **{"epochs": 3, **options})
         dense = open_checkpoint(source or fixtures / "digits_mlp.safetensors")
         return finetune(dense, task, method or Late(), out=tmp_path / out, plan=plan, options=chosen)

@@ -25,7 +25,7 @@ from tcompress.training.models import Models
 from tcompress.training.objective import Setup
 from tcompress.training.options import TrainingOptions
 from tcompress.training.pruning import Prune, prune, sparsity
-from tcompress.training.tuning import NEEDS, finetune, uses_of
+from tcompress.training.tuning import finetune, needs_of, uses_of
 from tcompress.workflow.decoding import view
 from tcompress.workflow.plan import Plan, Rule, Target
 from tcompress.workflow.settings import Settings
@@ -52,7 +52,7 @@ def pruned(tmp_path, fixtures):
     def call(plan, method=None, *, text=MLP, source="digits_mlp.safetensors", out="p.safetensors", store=None, **more):
         (tmp_path / "task.py").write_text(text)
         method = method or Prune()
-        task = package.load_task(str(tmp_path / "task.py"), NEEDS, uses_of(method))
+        task = package.load_task(str(tmp_path / "task.py"), needs_of(method), uses_of(method))
         options = TrainingOptions(device=torch.device("cpu"), **{"epochs": 3, **more})
         plan = plan if isinstance(plan, Plan) else plan_for(plan)
         dense = open_checkpoint(fixtures / source)
@@ -69,7 +69,7 @@ def prepared(small, fixtures, tmp_path):
 
     def call(setting, store=None, method=None, source="digits_mlp.safetensors", text=MLP):
         (tmp_path / "task.py").write_text(text)
-        task = package.load_task(str(tmp_path / "task.py"), NEEDS)
+        task = package.load_task(str(tmp_path / "task.py"), needs_of(Prune()))
         start = open_checkpoint(small(setting, store, source=source))
         models = Models(start, task, "", torch.device("cpu"))
         dense = models.dense(open_checkpoint(fixtures / source))
@@ -182,7 +182,7 @@ def test_a_zero_that_stands_in_the_place_of_the_low_rank_part_is_one(prepared):
 def test_each_epoch_has_the_count_of_its_schedule_and_masks_only_lose(schedule, prepared, tmp_path):
     method = Prune(schedule=schedule, until=0.75)
     model, dense = prepared(ADDITIVE, method=method)
-    task = package.load_task(str(tmp_path / "task.py"), NEEDS)
+    task = package.load_task(str(tmp_path / "task.py"), needs_of(Prune()))
     objective = method.objective(Setup(task, model, dense, epochs=4, seed=0))
     parts = parts_of(model)
     values = sum(each.mask.numel() for each in parts)
@@ -204,7 +204,7 @@ def test_each_epoch_has_the_count_of_its_schedule_and_masks_only_lose(schedule, 
 
 def test_an_epoch_that_goes_on_prunes_nothing(prepared, tmp_path):
     model, dense = prepared(ADDITIVE)
-    task = package.load_task(str(tmp_path / "task.py"), NEEDS)
+    task = package.load_task(str(tmp_path / "task.py"), needs_of(Prune()))
     Prune().objective(Setup(task, model, dense, epochs=1, seed=0)).begin_epoch(1, anew=False)
     assert all(each.mask.all() for each in parts_of(model))
 

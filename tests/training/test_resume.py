@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from tcompress import load_task
 from tcompress.errors import TaskError
 from tcompress.formats.low_rank_sparse import LowRankSparse
-from tests.training.tasks import CNN, ROOT
+from tcompress.formats.svd import SVD
+from tests.training.tasks import CNN, ROOT, UNCOUNTED
 
 SETTING = (LowRankSparse(rank=2, density=0.2), torch.int8)
 STEPS_OF_EPOCH = 5
@@ -86,6 +89,19 @@ def test_a_state_that_was_cut_short_or_planted_is_not_taken(path, undisturbed, t
     state.write_bytes(state.read_bytes()[:1000])
     monkeypatch.setenv("DIE_AT", "0")
     assert tune(path, text=CNN, save_every=OFTEN).output.sha256 == undisturbed.sha256
+
+
+def test_a_normalisation_without_a_count_of_batches_goes_on_too(small, tune, tmp_path, monkeypatch):
+    (tmp_path / "task.py").write_text(UNCOUNTED)
+    save_file(load_task(str(tmp_path / "task.py"), ("model",)).model().state_dict(), tmp_path / "dense.safetensors")
+    path = small(SVD(rank=4), source=tmp_path / "dense.safetensors")
+    monkeypatch.setenv("DIE_HOW", "interrupt")
+    with pytest.raises(KeyboardInterrupt):
+        tune(path, text=UNCOUNTED, epochs=None, steps=8, save_every=OFTEN)
+    monkeypatch.setenv("DIE_HOW", "")
+    result = tune(path, text=UNCOUNTED, epochs=None, steps=8, save_every=OFTEN)
+    assert "went on from step 4 of a run that was stopped" in result.notes
+    assert result.steps == 8
 
 
 def test_an_error_after_hours_leaves_the_state(path, tune, tmp_path, monkeypatch):
