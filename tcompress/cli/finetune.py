@@ -52,7 +52,8 @@ MethodName = Annotated[
         "--method",
         help="finetune: the task's loss; distill: beside it the outputs of the dense model; reconstruct: what each "
         "layer or block of the dense model gives, without labels; prune: as distill, while the dense MODEL is pruned "
-        "down to a plan. Options of a method stand behind it, as distill:alpha=0.5.",
+        "down to a plan; iterate: compress a few layers of the dense MODEL a little, "
+        "train, and again. Options of a method stand behind it, as distill:alpha=0.5.",
         metavar="METHOD[:OPTION=VALUE...]",
         rich_help_panel=_LEARNING,
     ),
@@ -220,6 +221,7 @@ def finetune(
     check_tensorboard(tensorboard)
     task = load_task(task_file, needs_of(method), uses_of(method))
     with open_checkpoint(model, key=key if method.starts_dense else None) as checkpoint, training_bar() as watch:
+        plan = plan or method.own_plan(checkpoint, include or (), exclude or ())
         original = None if dense is None else open_checkpoint(dense, key=key)
         result = tune(
             checkpoint,

@@ -15,7 +15,6 @@ from tcompress.report.figures import as_bytes, as_seconds
 from tcompress.report.markdown import escaped
 from tcompress.report.tables import line, table
 from tcompress.report.writing import json_text, write_whole
-from tcompress.training.history import Row
 from tcompress.training.outcome import Scored
 from tcompress.training.tuning import TuningResult
 
@@ -32,7 +31,8 @@ def tuning_document(result: TuningResult) -> Document:
         "output": stored(result.output),
         "best_epoch": result.best_epoch,
         "steps": result.steps,
-        "history": [_row(row) for row in result.rows],
+        **_rounds(result),
+        "history": [row.to_plain() for row in result.rows],
         "device": result.device,
         "processes": result.processes,
         "precision": result.precision,
@@ -78,8 +78,14 @@ def _scored(model: Scored) -> Document:
     return {"path": str(model.path), "bytes": model.nbytes, "scores": dict(model.scores)}
 
 
-def _row(row: Row) -> Document:
-    return {**asdict(row), "scores": dict(row.scores)}
+def _rounds(result: TuningResult) -> Document:
+    """Return what a method that goes by rounds came to in each of them; nothing of another."""
+    if not result.rounds:
+        return {}
+    found = [
+        {**asdict(each), "layers": {name: list(pair) for name, pair in each.layers.items()}} for each in result.rounds
+    ]
+    return {"rounds": found}
 
 
 def _models(document: Document) -> list[tuple[str, Document]]:
@@ -106,10 +112,20 @@ def _epochs(document: Document, names: list[str]) -> Iterator[list[str]]:
 def _remarks(document: Document) -> list[str]:
     processes = "" if document["processes"] == 1 else f" in {document['processes']} processes"
     where = f"{document['device']}{processes}, {document['precision']}"
-    epochs = len(document["history"]) - 1
+    epochs = document["history"][-1]["epoch"]
     return [
         *(f"note: {printable(note)}" for note in document["notes"]),
+        *map(_round, document.get("rounds", ())),
         f"{document['method']['name']}: {document['steps']} steps in {epochs} epoch(s) on {where}, "
         f"in {as_seconds(document['seconds'])}; epoch {document['best_epoch']} is written",
         f"wrote {printable(document['output']['path'])}",
     ]
+
+
+def _round(found: Document) -> str:
+    """Say what a round did: its layers, its bytes, its scores before and after training."""
+    name, before = next(iter(found["before"].items()))
+    layers = [f"{layer} {was or 'dense'} -> {became}" for layer, (was, became) in found["layers"].items()]
+    after = as_score(found["after"][name])
+    scores = f"{printable(name)} {as_score(before)} -> {after}"
+    return f"round {found['number']}: {as_bytes(found['nbytes'])}, {scores}; {printable(', '.join(layers))}"

@@ -15,12 +15,17 @@ from tcompress.training.state import write_whole
 
 SUFFIXES = (".csv", ".json")
 _COLUMNS = ("epoch", "step", "loss", "lr", "seconds", "best")
+_OF_ROUNDS = {"round": "round", "nbytes": "bytes"}  # fields that few methods have, and their columns
 _FORMULA = ("=", "+", "-", "@")  # what a spreadsheet would take a name for
 
 
 @dataclass(frozen=True)
 class Row:
-    """One epoch; 0 is the model as it was compressed, without a loss. best: whether it was, up to then."""
+    """One epoch; 0 is the model as it was compressed, without a loss. best: whether it was, up to then.
+
+    round, nbytes: of a method that goes by rounds, the number and the bytes on disk. The first row of a later round,
+    the model as it was compressed further, has the number of the epoch before.
+    """
 
     epoch: int
     step: int
@@ -29,6 +34,12 @@ class Row:
     seconds: float
     best: bool
     scores: Mapping[str, float]
+    round: int | None = None
+    nbytes: int | None = None
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the fields, those of rounds where there are some."""
+        return {name: value for name, value in asdict(self).items() if name not in _OF_ROUNDS or value is not None}
 
 
 def check_history(path: Path | None) -> None:
@@ -49,7 +60,7 @@ def write_history(path: Path, rows: Sequence[Row]) -> None:
 
 def as_json(rows: Sequence[Row]) -> str:
     """Return a list of objects."""
-    return json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False) + "\n"
+    return json.dumps([row.to_plain() for row in rows], indent=2, allow_nan=False) + "\n"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -57,9 +68,11 @@ def as_csv(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*_COLUMNS, *map(_as_cell, names)])
+    of_rounds = {name: column for name, column in _OF_ROUNDS.items() if any(getattr(row, name) for row in rows)}
+    writer.writerow([*_COLUMNS, *of_rounds.values(), *map(_as_cell, names)])
     for row in rows:
-        first: list[Any] = ["" if value is None else value for value in (getattr(row, name) for name in _COLUMNS)]
+        values = (getattr(row, name) for name in (*_COLUMNS, *of_rounds))
+        first: list[Any] = ["" if value is None else value for value in values]
         writer.writerow([*first, *(row.scores.get(name, "") for name in names)])
     return text.getvalue()
 

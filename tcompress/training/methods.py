@@ -9,11 +9,12 @@ from tcompress.errors import FormatError, UsageError
 from tcompress.formats.options import split
 from tcompress.training.distillation import Distill
 from tcompress.training.finetuning import Finetune
+from tcompress.training.iterating import Iterate
 from tcompress.training.objective import Method
 from tcompress.training.pruning import Prune
 from tcompress.training.reconstruction import Reconstruct
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Distill, Reconstruct, Prune)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Distill, Reconstruct, Prune, Iterate)}
 
 
 def make_method(text: str, **options: Any) -> Method:

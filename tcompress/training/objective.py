@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tcompress.checkpoint.reader import Checkpoint
 from tcompress.training.options import Defaults
 from tcompress.training.schedule import cosine
 from tcompress.workflow.plan import Plan
@@ -83,6 +84,14 @@ class Method(ABC):
     has_teacher: ClassVar[bool] = False
     starts_dense: ClassVar[bool] = False
     by_epochs: ClassVar[bool] = False
+
+    def own_plan(self, checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Plan | None:
+        """Return the plan for a dense checkpoint where none is given; None of a method that has none of its own.
+
+        include, exclude: globs of the layers that it is for. Raises UsageError where they match nothing.
+        """
+        del checkpoint, include, exclude
+        return None
 
     def check_plan(self, plan: Plan) -> None:
         """Raise UsageError for a plan that does not serve, of a method with ``starts_dense``."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tcompress.errors import NumericalError
 from tcompress.training.history import Row
 
 
@@ -68,3 +69,44 @@ class Outcome:
     seconds: float
     problem: str | None
     resumed_at: int | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One training of one compressed checkpoint, whose draft is written.
+
+    dense, before, after: scores of the dense model, None where there is none, of the compressed one as it came, and of
+    what was written. steps, seconds: of training, over all starts.
+    """
+
+    rows: tuple[Row, ...]
+    best_epoch: int
+    steps: int
+    seconds: float
+    problem: str | None
+    dense: Scored | None
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that compresses and trains. nbytes: of its checkpoint. before, after: scores before and after training.
+
+    layers: what the layers that it compressed were, None for dense, and what they became.
+    """
+
+    number: int
+    nbytes: int
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    layers: Mapping[str, tuple[str | None, str]]
+
+
+class NothingBetterError(NumericalError):
+    """A loss was not finite before any epoch was better than the model as it came. problem: which loss."""
+
+    def __init__(self, problem: str, *, path: Path) -> None:
+        super().__init__(f"{problem}; nothing was written, no epoch was better", path=path)
+        self.problem = problem

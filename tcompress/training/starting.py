@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _STEM = "start"
+ROUNDS = "rounds-"  # what the name of a folder begins with in which rounds are kept
 
 
 def check_start(
@@ -97,8 +98,8 @@ def opened_start(
 
 
 def is_started(output: Output) -> bool:
-    """Tell whether a checkpoint to start from was made, or begun."""
-    return any(output.workspace.glob(f"*{_STEM}-*"))
+    """Tell whether a checkpoint to start from was made, or begun, or a round."""
+    return any(output.workspace.glob(f"*{_STEM}-*")) or any(output.workspace.glob(f"{ROUNDS}*/*"))
 
 
 def _sweep(output: Output, name: str) -> None:

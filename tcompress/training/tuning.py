@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,20 @@ import torch
 from tcompress.checkpoint.output import Output
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.unchanged import Witness
-from tcompress.errors import LimitError, NumericalError
-from tcompress.training.curves import check_tensorboard, curves_in
+from tcompress.errors import LimitError
+from tcompress.training.curves import Curves, check_tensorboard, curves_in
 from tcompress.training.engine import Engine, make_accelerator
 from tcompress.training.factors import as_stored
 from tcompress.training.history import Row, write_history
+from tcompress.training.iterating import Iterate
 from tcompress.training.learner import make_learner
 from tcompress.training.methods import METHODS
 from tcompress.training.models import Models
 from tcompress.training.objective import Method
 from tcompress.training.options import TrainingOptions
-from tcompress.training.outcome import Best, Outcome, Scored
+from tcompress.training.outcome import Best, NothingBetterError, Outcome, Round, Scored, Trained
+from tcompress.training.round_files import RoundFiles
+from tcompress.training.rounds import Course, check_rounds
 from tcompress.training.starting import check_start, is_started, opened_start
 from tcompress.training.state import SavedState
 from tcompress.training.watching import Watch, unwatched
@@ -69,6 +73,7 @@ class TuningResult:
     problem: str | None
     notes: tuple[str, ...]
     seconds: float
+    rounds: tuple[Round, ...] = ()
 
 
 def finetune(
@@ -98,7 +103,7 @@ def finetune(
     Biases, normalisations and dense layers learn too. Factors learn in float32 and are stored in the type that they
     had; every score is one of the model as it would be stored, and what is written is the epoch with the best first
     score, higher being better: the model as it came, if none is better. Where a loss is not finite the best epoch
-    before it is written, and ``problem`` says so.
+    before it is written, and ``problem`` says so. ``iterate`` writes the best epoch of its last round.
 
     A run that is stopped, or killed, leaves its state beside ``out``; the same call goes on from there and writes the
     same bytes. Raises UsageError, OutputError, LockedError and InputError before anything is trained where they can be
@@ -109,61 +114,127 @@ def finetune(
     started = time.perf_counter()
     out, method, options = Path(out), method or METHODS["finetune"](), options or TrainingOptions()
     settings = settings or Settings()
+    plan = method.own_plan(checkpoint) if plan is None else plan
     check_start(checkpoint, task, method, plan, against, options, out)
     check_tensorboard(tensorboard)
+    if isinstance(method, Iterate):
+        check_rounds(method, options)
     against, task = checkpoint if method.starts_dense else against, method.fitted(task)
     accelerator = make_accelerator(options.device)
     files = list(dict.fromkeys([*checkpoint.files, *(() if against is None else against.files)]))
     inputs = [*files, *filter(None, [checkpoint.folder])]
     output = Output(out, is_folder=checkpoint.folder is not None, force=force, inputs=inputs)
     output.keeps_after_errors = True
-    witness = Witness.of(files)
+    trainer = _Trainer(accelerator, task, against, output, Witness.of(files), strip_prefix, watch)
     with (
         _owned(output, accelerator),
-        opened_start(output, checkpoint, plan, settings, accelerator) as start,
         curves_in(tensorboard if accelerator.is_main_process else None) as curves,
     ):
-        saved = SavedState(output.workspace, _run_of(start, task, method, against, options, accelerator))
-        output.is_worth_keeping = lambda: saved.exists() or is_started(output)
 
         def tell(rows: Sequence[Row]) -> None:
             if history is not None and accelerator.is_main_process:
                 write_history(history, rows)
             curves.rows(rows)
 
-        engine = Engine(accelerator, task, options, method.defaults, saved, tell, watch, curves)
-        models = Models(start, task, strip_prefix, accelerator.device)
-        learner = make_learner(models, engine, method, against)
-        outcome = engine.train(learner.model, learner.objective)
-        best = _writable(outcome, output, task)
-        witness.require_unchanged()
-        scores: Mapping[str, float] = best.scores
+        rounds: tuple[Round, ...] = ()
+        if isinstance(method, Iterate):
+            assert plan is not None, "check_start was called"  # noqa: S101
+            run = {**trainer.run_of(checkpoint, method, options), "plan": plan.to_json(), "store": str(settings.store)}
+            files_of_rounds, nbytes = RoundFiles(output, run), describe(checkpoint).nbytes
+            course = Course(checkpoint, nbytes, plan, settings, method, options, files_of_rounds, accelerator)
+            trained, rounds = course.go(partial(trainer.train, method.trainer), tell, curves)
+            nbytes = rounds[-1].nbytes
+        else:
+            with opened_start(output, checkpoint, plan, settings, accelerator) as start:
+                trained = trainer.train(method, start, options, tell, curves)
+                nbytes = describe(start).nbytes
         if accelerator.is_main_process:
-            with as_stored(learner.model):
-                write_like(output, learner.model, start, strip_prefix=strip_prefix, against=against)
-            scores = engine.evaluate_alone(models.written(output.draft))
             output.commit()
         accelerator.wait_for_everyone()
-        before = Scored(checkpoint.path, describe(start).nbytes, learner.before or outcome.rows[0].scores)
     output_stored = measure(out, output.is_folder)
     return TuningResult(
         task=task.spec,
         method={"name": method.name, **asdict(method)},
-        dense=learner.dense,
-        before=before,
-        after=Scored(out, output_stored.nbytes, scores),
+        dense=trained.dense,
+        before=Scored(checkpoint.path, nbytes, trained.before),
+        after=Scored(out, output_stored.nbytes, trained.after),
         output=output_stored,
-        rows=outcome.rows,
-        best_epoch=best.epoch,
-        steps=outcome.steps,
+        rows=trained.rows,
+        best_epoch=trained.best_epoch,
+        steps=trained.steps,
         device=str(accelerator.device),
         processes=accelerator.num_processes,
         is_main=accelerator.is_main_process,
         precision=options.precision,
-        problem=outcome.problem,
-        notes=(*learner.objective.notes, *_notes(outcome, best, saved, learner.kept, scores)),
+        problem=trained.problem,
+        notes=trained.notes,
         seconds=time.perf_counter() - started,
+        rounds=rounds,
     )
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """Trains compressed checkpoints, all for one output. witness: of the files that must not change meanwhile."""
+
+    accelerator: Accelerator
+    task: Task
+    against: Checkpoint | None
+    output: Output
+    witness: Witness
+    strip_prefix: str
+    watch: Watch
+
+    def train(
+        self,
+        method: Method,
+        start: Checkpoint,
+        options: TrainingOptions,
+        tell: Callable[[Sequence[Row]], None],
+        curves: Curves,
+    ) -> Trained:
+        """Train a checkpoint, and write the draft of the output with the best values. Raises as ``finetune``."""
+        saved = SavedState(self.output.workspace, self.run_of(start, method, options))
+        self.output.is_worth_keeping = lambda: saved.exists() or is_started(self.output)
+        engine = Engine(self.accelerator, self.task, options, method.defaults, saved, tell, self.watch, curves)
+        models = Models(start, self.task, self.strip_prefix, self.accelerator.device)
+        learner = make_learner(models, engine, method, self.against)
+        outcome = engine.train(learner.model, learner.objective)
+        best = _writable(outcome, self.output, self.task)
+        self.witness.require_unchanged()
+        scores: Mapping[str, float] = best.scores
+        if self.accelerator.is_main_process:
+            with as_stored(learner.model):
+                write_like(self.output, learner.model, start, strip_prefix=self.strip_prefix, against=self.against)
+            scores = engine.evaluate_alone(models.written(self.output.draft))
+        return Trained(
+            rows=outcome.rows,
+            best_epoch=best.epoch,
+            steps=outcome.steps,
+            seconds=outcome.seconds,
+            problem=outcome.problem,
+            dense=learner.dense,
+            before=learner.before or outcome.rows[0].scores,
+            after=scores,
+            notes=(*learner.objective.notes, *_notes(outcome, best, saved, learner.kept, scores)),
+        )
+
+    def run_of(self, checkpoint: Checkpoint, method: Method, options: TrainingOptions) -> dict[str, Any]:
+        """Return what two runs must have in common to end with the same bytes."""
+        asked = {name: value for name, value in asdict(options).items() if name not in _FREE}
+        return {
+            "tcompress": __version__,
+            "torch": torch.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+            "source": describe(checkpoint).sha256,
+            "against": None if self.against is None else describe(self.against).sha256,
+            "task": [self.task.spec, hashlib.sha256(self.task.path.read_bytes()).hexdigest()],
+            "method": [method.name, asdict(method)],
+            "options": asked,
+        }
 
 
 def needs_of(method: Method) -> tuple[str, ...]:
@@ -193,36 +264,11 @@ def _writable(outcome: Outcome, output: Output, task: Task) -> Best:
     best, problem = outcome.best, outcome.problem
     if problem is not None and (best is None or best.epoch == 0):
         output.is_worth_keeping = lambda: False  # the same steps would lead there again
-        raise NumericalError(f"{problem}; nothing was written, no epoch was better", path=task.path)
+        raise NothingBetterError(problem, path=task.path)
     if best is None:
         why = f"ended at step {outcome.steps}, before the method had made what may be written"
         raise LimitError(f"{why}; give it more time, with more --max-hours it goes on from there", path=task.path)
     return best
-
-
-def _run_of(
-    checkpoint: Checkpoint,
-    task: Task,
-    method: Method,
-    against: Checkpoint | None,
-    options: TrainingOptions,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """Return what two runs must have in common to end with the same bytes."""
-    asked = {name: value for name, value in asdict(options).items() if name not in _FREE}
-    return {
-        "tcompress": __version__,
-        "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "processes": accelerator.num_processes,
-        "device": str(accelerator.device),
-        "source": describe(checkpoint).sha256,
-        "against": None if against is None else describe(against).sha256,
-        "task": [task.spec, hashlib.sha256(task.path.read_bytes()).hexdigest()],
-        "method": [method.name, asdict(method)],
-        "options": asked,
-    }
 
 
 def _notes(

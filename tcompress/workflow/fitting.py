@@ -87,6 +87,15 @@ def stored_factors(
     return _stored(found, setting, setting.factor_specs(shape, store), store)
 
 
+def as_fitted(
+    weight: Tensor, setting: Format, found: dict[str, Tensor], *, store: torch.dtype, device: torch.device
+) -> Fitted:
+    """Store factors that were found already, and measure them by a weight; ``found`` is emptied. Raises as ``fit``."""
+    started = time.perf_counter()
+    stored = stored_factors(found, setting, tuple(weight.shape), store)
+    return _measured(weight, setting, stored, device, started)
+
+
 def fit_several(
     weight: Tensor, settings: Sequence[Format], *, store: torch.dtype, device: torch.device
 ) -> Iterator[Fitted]:

@@ -110,7 +110,7 @@ def decide_groups(
 ) -> dict[str, Decision]:
     """Return the decision for every layer that is to be fitted together with others."""
     decided: dict[str, Decision] = {}
-    apart = {layer.name: reason for layer, _, _ in choices if (reason := _clash(checkpoint, layer))}
+    apart = {layer.name: reason for layer, _, _ in choices if (reason := find_clash(checkpoint, layer))}
     for name, reason in apart.items():
         layer = next(layer for layer, _, _ in choices if layer.name == name)
         decided[name] = Decision(layer, None, reason, layer.dense_bytes)
@@ -128,7 +128,8 @@ def decide_groups(
     return decided
 
 
-def _clash(checkpoint: Checkpoint, layer: Layer) -> str | None:
+def find_clash(checkpoint: Checkpoint, layer: Layer) -> str | None:
+    """Return why the factors of a layer cannot be named; None where they can."""
     clash = [name for name in checkpoint if name.startswith(layer.name + ".")]
     return f"tensor {clash[0]} has a name that its factors would take" if clash else None
 
@@ -202,7 +203,7 @@ def _decision(
         return dense(str(rule.comments.get("why", "the plan leaves it dense")))
     if layer.name not in choices:
         return dense(f"holds {facts[layer.name].nonfinite} values that are NaN or Inf")
-    clash = _clash(checkpoint, layer)
+    clash = find_clash(checkpoint, layer)
     if clash:
         return dense(clash)
     choice, settings = choices[layer.name], settings.storing(rule.store)

@@ -59,7 +59,7 @@ def write_like(
     untouched = [name for name in dense.infos if name not in changing]
     manifest = _manifest(found.manifest, dense, untouched, _other_values(found, like))
     metadata = {key: value for key, value in like.metadata.items() if key != METADATA_KEY}
-    pieces = _in_order([*found.pieces, *_copies(dense, untouched)], dense)
+    pieces = in_order([*found.pieces, *copies_of(dense, untouched)], dense)
     contents, layout = Contents(pieces, metadata, manifest), layout_of(like, None)
     output.require_space(shards.planned_bytes(contents, layout))
     shards.write(output.draft, contents, layout)
@@ -110,7 +110,7 @@ def _manifest(found: Manifest, dense: CompressedView, untouched: Sequence[str], 
     )
 
 
-def _copies(dense: CompressedView, untouched: Sequence[str]) -> Iterator[Piece]:
+def copies_of(dense: CompressedView, untouched: Sequence[str]) -> Iterator[Piece]:
     """Yield the pieces of tensors that stay as they lie in the file; what a group shares once."""
     shared: set[str] = set()
     for name in untouched:
@@ -127,7 +127,7 @@ def _copies(dense: CompressedView, untouched: Sequence[str]) -> Iterator[Piece]:
             yield Piece(part, info.dtype, info.shape, stem, partial(dense.checkpoint.raw, part))
 
 
-def _in_order(pieces: Sequence[Piece], dense: CompressedView) -> list[Piece]:
+def in_order(pieces: Sequence[Piece], dense: CompressedView) -> list[Piece]:
     """Return the pieces in the order of the file's tensors; those of a group stay together."""
     rank = {name: at for at, name in enumerate(dense.infos)}
     for group in dense.manifest.shared:
