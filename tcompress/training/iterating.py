@@ -27,6 +27,7 @@ from tcompress.workflow.plan import Plan, Rule, check_matches, exactly, plan_for
 from tcompress.workflow.shrinking import check_formats
 
 TRAINERS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Distill)}
+GOALS = CORE, DENSE = ("core", "dense")
 _LEAST, _LEAST_POINTWISE = 8, 2  # ranks, as in the authors' program
 
 
@@ -36,7 +37,9 @@ class Iterate(Method):
 
     rounds: at most; fewer where no rank comes down any more. weakening: how far a round takes ranks down to those of
     EVBMF, 1 being all the way. layers: how many a round compresses; None for all that save bytes. keep: the fraction of
-    the checkpoint's bytes at which no layer more is compressed. by: the method that trains, with its own defaults.
+    the checkpoint's bytes at which no layer more is compressed. towards: ``core``, the ranks that EVBMF gives a layer
+    as it is in each round, as MUSCO has it, and the second time it often leaves nothing out; ``dense``, those that it
+    gives the dense weight. by: the method that trains, with its own defaults.
 
     The epochs asked for are those of all rounds together, in equal parts.
     """
@@ -45,6 +48,7 @@ class Iterate(Method):
     weakening: float = 0.8
     layers: int | None = None
     keep: float | None = None
+    towards: str = CORE
     by: str = Finetune.name
 
     name: ClassVar[str] = "iterate"
@@ -64,6 +68,8 @@ class Iterate(Method):
             raise UsageError(f"weakening must be above 0 and at most 1, got {self.weakening:g}")
         if self.keep is not None and (not isinstance(self.keep, float) or not 0 < self.keep < 1):
             raise UsageError(f"keep must be a fraction above 0 and below 1, got {self.keep!r}")
+        if self.towards not in GOALS:
+            raise UsageError(f"towards: {self.towards!r} is none of {', '.join(GOALS)}")
         if self.by not in TRAINERS:
             raise UsageError(f"by: {self.by!r} is none of {', '.join(TRAINERS)}")
 

@@ -60,7 +60,7 @@ class RoundFiles:
         done: list[Done] = []
         while self.result(len(done) + 1).exists():
             document = json.loads(self._figures(len(done) + 1).read_text("utf-8"))
-            done.append(Done(Round(**document["round"]), _trained(document["trained"])))
+            done.append(Done(_round(document["round"]), _trained(document["trained"])))
         return done
 
     def put(self, done: Done) -> None:
@@ -83,6 +83,11 @@ class RoundFiles:
 
     def _checkpoint(self, stem: str) -> Path:
         return self.folder / (stem if self.output.is_folder else f"{stem}{SAFETENSORS_SUFFIX}")
+
+
+def _round(found: Mapping[str, Any]) -> Round:
+    layers = {name: (was, became) for name, (was, became) in found["layers"].items()}
+    return Round(**{**found, "layers": layers})
 
 
 def _trained(found: Mapping[str, Any]) -> Trained:

@@ -19,7 +19,7 @@ from tcompress.formats import Format
 from tcompress.formats.base import as_text
 from tcompress.training.curves import Curves
 from tcompress.training.history import Row
-from tcompress.training.iterating import Iterate
+from tcompress.training.iterating import DENSE, Iterate
 from tcompress.training.options import TrainingOptions
 from tcompress.training.outcome import NothingBetterError, Round, Trained
 from tcompress.training.round_files import Done, RoundFiles
@@ -114,7 +114,8 @@ class Course:
         goals = goals_of(self.checkpoint, self.plan, self.settings)
         with _opened(last, self.checkpoint) as current:
             ladder = Ladder(current, self.checkpoint, self.settings)
-            steps = self._chosen(ladder.steps(goals, self.method.weakening), describe(current).nbytes)
+            steps = ladder.steps(goals, self.method.weakening, towards_dense=self.method.towards == DENSE)
+            steps = self._chosen(steps, describe(current).nbytes)
             if last is None and not steps:
                 why = "EVBMF leaves no layer a rank that saves bytes" if goals else "no layer can be compressed"
                 way_out = "give a plan with smaller ranks, or compress by --keep and finetune"

@@ -2,6 +2,8 @@
 
 A dense layer is a matrix or a tensor of full ranks. A layer of factors is looked at by its core: with bases of
 orthonormal columns the singular values are those of the whole weight, and the full ranks are those that it has.
+EVBMF often finds nothing in such a core that stands out: the noise went with the first truncation, and what is left of
+the spectrum is flat. Then the layer stays. Or all steps go towards the ranks that EVBMF gives the dense weight.
 
 J. Gusak et al., "Automated multi-stage compression of neural networks" (MUSCO), 2019: the ranks, and cores compressed
 again. S. Nakajima et al., 2013: EVBMF. Convolutions in groups and with dilation are as any other: a weight says nothing
@@ -10,6 +12,7 @@ of either, and the layer keeps them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -93,9 +96,13 @@ class Ladder:
         self.checkpoint, self._original, self._device = checkpoint, original, settings.device
         self._view: CompressedView | None = view(checkpoint) if is_compressed(checkpoint) else None
 
-    def steps(self, goals: Sequence[Goal], weakening: float) -> list[Step]:
-        """Return the steps that save bytes, those that save most first, equal ones in the order of the file."""
-        found = [step for goal in goals if (step := self._step(goal, weakening)) is not None]
+    def steps(self, goals: Sequence[Goal], weakening: float, *, towards_dense: bool = False) -> list[Step]:
+        """Return the steps that save bytes, those that save most first, equal ones in the order of the file.
+
+        weakening: how far they go from the ranks that there are to those of EVBMF, 1 being all the way.
+        towards_dense: EVBMF of the original weights, not of the cores.
+        """
+        found = [step for goal in goals if (step := self._step(goal, weakening, towards_dense)) is not None]
         return sorted(found, key=lambda step: -step.saved)
 
     def fitted(self, step: Step) -> Fitted:
@@ -107,9 +114,11 @@ class Ladder:
         lowered = self._core(goal).lowered(step.setting)
         return as_fitted(weight, step.setting, lowered, store=goal.store, device=self._device)
 
-    def _step(self, goal: Goal, weakening: float) -> Step | None:
+    def _step(self, goal: Goal, weakening: float, towards_dense: bool) -> Step | None:
         try:
-            setting = self._core(goal).weakened(weakening)
+            core = self._core(goal)
+            original = working_copy(self._original.read(goal.layer.name), self._device) if towards_dense else None
+            setting = core.weakened(core if original is None else _core(goal, original), weakening)
         except NumericalError as error:
             raise NumericalError(error.reason, path=self.checkpoint.path, tensor=goal.layer.name) from error
         before, layer = self._before(goal.layer.name), goal.layer
@@ -123,28 +132,38 @@ class Ladder:
         return None if self._view is None or name not in self._view.manifest.layers else self._view.setting(name)
 
     def _core(self, goal: Goal) -> _Core:
-        kind = _MatrixCore if isinstance(goal.least, SVD) else _TensorCore
-        name, factors = goal.layer.name, dict[str, Tensor]()
-        if self._before(name) is not None:
-            assert self._view is not None, "it has factors"  # noqa: S101
-            factors = {factor: values.to(self._device) for factor, values in self._view.factors(name)}
-        weight = None if factors else working_copy(self.checkpoint.read(name), self._device)
-        return kind(goal, weight, factors)
+        if self._before(goal.layer.name) is None:
+            return _core(goal, working_copy(self.checkpoint.read(goal.layer.name), self._device))
+        assert self._view is not None, "it has factors"  # noqa: S101
+        factors = self._view.factors(goal.layer.name)
+        return _core(goal, None, {name: values.to(self._device) for name, values in factors})
 
 
-class _Core:
+class _Core(ABC):
     """What has the singular values of a layer, whole or without the bases around it."""
 
     def __init__(self, goal: Goal, weight: Tensor | None, factors: Mapping[str, Tensor]) -> None:
         self.shape, self.goal, self.weight, self.factors = goal.layer.shape, goal, weight, factors
 
-    def weakened(self, weakening: float) -> Format:
-        """Return the setting of the ranks that EVBMF leaves, weakened; none is larger than it is now."""
-        raise NotImplementedError
+    @abstractmethod
+    def unfoldings(self) -> list[Tensor]:
+        """Return a matrix for each rank; its rows, of a product its smaller size, are as many as the rank can be."""
 
+    @abstractmethod
+    def weakened(self, of: _Core, weakening: float) -> Format:
+        """Return the setting of the ranks that EVBMF leaves of another core of the layer, or of this one, weakened.
+
+        None of its ranks is larger than it is now.
+        """
+
+    @abstractmethod
     def lowered(self, setting: Format) -> dict[str, Tensor]:
         """Return the factors of a setting of no larger ranks: bases times what the core becomes."""
-        raise NotImplementedError
+
+    def _ranks(self, of: _Core, weakening: float, least: Sequence[int], full: Sequence[int]) -> list[int]:
+        found = [evbmf_rank(singular_values(each), *each.shape) for each in of.unfoldings()]
+        each = zip(full, found, least, strict=True)
+        return [weakened_rank(most, min(most, rank), weakening, end) for most, rank, end in each]
 
 
 class _MatrixCore(_Core):
@@ -154,10 +173,14 @@ class _MatrixCore(_Core):
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         return inner_matrix(self.factors["left"], self.factors["right"])
 
-    def weakened(self, weakening: float) -> Format:
+    def unfoldings(self) -> list[Tensor]:
         assert isinstance(self.goal.least, SVD)  # noqa: S101
-        matrix = self._parts[1] if self.weight is None else self.goal.least.matrix(self.weight)
-        return replace(self.goal.least, rank=_lower(matrix, min(matrix.shape), weakening, self.goal.least.rank))
+        return [self._parts[1] if self.weight is None else self.goal.least.matrix(self.weight)]
+
+    def weakened(self, of: _Core, weakening: float) -> Format:
+        assert isinstance(self.goal.least, SVD)  # noqa: S101
+        full = [min(each.shape) for each in self.unfoldings()]
+        return replace(self.goal.least, rank=self._ranks(of, weakening, [self.goal.least.rank], full)[0])
 
     def lowered(self, setting: Format) -> dict[str, Tensor]:
         assert isinstance(setting, SVD)  # noqa: S101
@@ -173,13 +196,16 @@ class _TensorCore(_Core):
         core = self.factors["core"]
         return inner_tensor(core, [*(self.factors[f"factors.{mode}"] for mode in range(core.ndim - 1)), None])
 
-    def weakened(self, weakening: float) -> Format:
+    def unfoldings(self) -> list[Tensor]:
         assert isinstance(self.goal.least, Tucker)  # noqa: S101
         folding = self.goal.least.folding(self.shape)
-        core = self._parts[0] if self.weight is None else folding.fold(self.weight)
-        least = self.goal.least.clipped(folding)
-        unfolded = Tucker.unfoldings(core)
-        ranks = [_lower(each, each.shape[0], weakening, rank) for each, rank in zip(unfolded, least, strict=True)]
+        return Tucker.unfoldings(self._parts[0] if self.weight is None else folding.fold(self.weight))
+
+    def weakened(self, of: _Core, weakening: float) -> Format:
+        assert isinstance(self.goal.least, Tucker)  # noqa: S101
+        folding = self.goal.least.folding(self.shape)
+        full = [each.shape[0] for each in self.unfoldings()]
+        ranks = self._ranks(of, weakening, self.goal.least.clipped(folding), full)
         return replace(self.goal.least, rank=None, ranks=Tucker.reduced(folding, tuple(ranks)))
 
     def lowered(self, setting: Format) -> dict[str, Tensor]:
@@ -188,6 +214,7 @@ class _TensorCore(_Core):
         return {"core": core, **{f"factors.{mode}": factor for mode, factor in enumerate(factors)}}
 
 
-def _lower(matrix: Tensor, full: int, weakening: float, least: int) -> int:
-    rows, columns = matrix.shape
-    return weakened_rank(full, evbmf_rank(singular_values(matrix), rows, columns), weakening, least)
+def _core(goal: Goal, weight: Tensor | None, factors: Mapping[str, Tensor] | None = None) -> _Core:
+    """Return the core of a dense weight, or of factors."""
+    kind = _MatrixCore if isinstance(goal.least, SVD) else _TensorCore
+    return kind(goal, weight, factors or {})

@@ -37,7 +37,7 @@ def tune(tmp_path):
         method = method or package.make_method("finetune")
         named = {
             name: rest.pop(name)
-            for name in ("history", "tensorboard", "force", "strip_prefix", "watch")
+            for name in ("history", "tensorboard", "force", "strip_prefix", "watch", "plan", "settings")
             if name in rest
         }
         task = package.load_task(str(tmp_path / "task.py"), needs_of(method), uses_of(method))
