@@ -92,12 +92,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Round:
-    """A round that compresses and trains. nbytes: of its checkpoint. before, after: scores before and after training.
+    """A round that compresses and trains. nbytes, before, after: bytes on disk and scores, before and after training.
 
     layers: what the layers that it compressed were, None for dense, and what they became.
     """
 
     number: int
+    nbytes_before: int
     nbytes: int
     before: Mapping[str, float]
     after: Mapping[str, float]

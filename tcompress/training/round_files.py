@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tcompress.training.history import Row
 from tcompress.training.outcome import Round, Scored, Trained
 from tcompress.training.starting import ROUNDS
 from tcompress.training.state import write_whole
+from tcompress.workflow.results import measure
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class RoundFiles:
     def put(self, done: Done) -> None:
         """Give the output's draft the name of a round's result, and take away what the round no longer needs."""
         number = done.round.number
+        written = measure(self.output.draft, self.output.is_folder)
+        done = replace(done, round=replace(done.round, nbytes=written.nbytes))
         document = json.dumps(asdict(done), default=str)
         write_whole(self._figures(number), lambda file: file.write(document.encode("utf-8")))
         # Before the result is there: a state that stayed would be taken for one of other settings by the next round.

@@ -101,7 +101,8 @@ class Course:
             self._alone(lambda: self.files.output.draft.mkdir(exist_ok=True))
         before = [row for each in done for row in each.trained.rows]
         with open_checkpoint(path) as start:
-            this = Round(number, describe(start).nbytes, {}, {}, _changes(last, start))
+            nbytes = describe(start).nbytes
+            this = Round(number, nbytes, nbytes, {}, {}, _changes(last, start))
             numbered = _Numbered(this, before)
             curves.steps = numbered.steps
             trained = train(start, self._options(done), lambda rows: tell(numbered.all(rows)), curves)
@@ -212,7 +213,7 @@ class _Numbered:
                 step=row.step + self.steps,
                 seconds=row.seconds + self.seconds,
                 round=self._this.number,
-                nbytes=self._this.nbytes,
+                nbytes=self._this.nbytes_before,
             )
             for row in rows
         )

@@ -143,7 +143,7 @@ def finetune(
             files_of_rounds, nbytes = RoundFiles(output, run), describe(checkpoint).nbytes
             course = Course(checkpoint, nbytes, plan, settings, method, options, files_of_rounds, accelerator)
             trained, rounds = course.go(partial(trainer.train, method.trainer), tell, curves)
-            nbytes = rounds[-1].nbytes
+            nbytes = rounds[-1].nbytes_before
         else:
             with opened_start(output, checkpoint, plan, settings, accelerator) as start:
                 trained = trainer.train(method, start, options, tell, curves)
