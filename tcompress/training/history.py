@@ -23,8 +23,8 @@ _FORMULA = ("=", "+", "-", "@")  # what a spreadsheet would take a name for
 class Row:
     """One epoch; 0 is the model as it was compressed, without a loss. best: whether it was, up to then.
 
-    round, nbytes: of a method that goes by rounds, the number and the bytes that it starts with. The first row of a later round,
-    the model as it was compressed further, has the number of the epoch before.
+    round, nbytes: of a method that goes by rounds, its number and the bytes that it starts with. The first row of a
+    later round, the model as it was compressed further, has the number of the epoch before.
     """
 
     epoch: int
