@@ -124,7 +124,7 @@ def finetune(
         curves_in(tensorboard if accelerator.is_main_process else None) as curves,
     ):
         saved = SavedState(output.workspace, _run_of(start, task, method, against, options, accelerator))
-        output.is_worth_keeping = lambda: saved.exists() or is_started(output)
+        output.is_worth_keeping = saved.exists
 
         def tell(rows: Sequence[Row]) -> None:
             if history is not None and accelerator.is_main_process:
@@ -134,6 +134,7 @@ def finetune(
         engine = Engine(accelerator, task, options, method.defaults, saved, tell, watch, curves)
         models = Models(start, task, strip_prefix, accelerator.device)
         learner = make_learner(models, engine, method, against)
+        output.is_worth_keeping = lambda: saved.exists() or is_started(output)
         outcome = engine.train(learner.model, learner.objective)
         best = _writable(outcome, output, task)
         witness.require_unchanged()
