@@ -52,8 +52,8 @@ MethodName = Annotated[
         "--method",
         help="finetune: the task's loss; distill: beside it the outputs of the dense model; reconstruct: what each "
         "layer or block of the dense model gives, without labels; prune: as distill, while the dense MODEL is pruned "
-        "down to a plan; iterate: compress a few layers of the dense MODEL a little, "
-        "train, and again. Options of a method stand behind it, as distill:alpha=0.5.",
+        "down to a plan; iterate: compress a few layers of the dense MODEL a little, train, and again; from-scratch: the "
+        "task's loss, from random factors. Options of a method stand behind it, as distill:alpha=0.5.",
         metavar="METHOD[:OPTION=VALUE...]",
         rich_help_panel=_LEARNING,
     ),
@@ -76,6 +76,12 @@ Alpha = Annotated[
 ]
 Temperature = Annotated[
     float | None, typer.Option(help="What logits are divided by [3].", metavar="T", rich_help_panel=_DISTILL)
+]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        "--init", help="from-scratch: how factors begin: random [default].", metavar="HOW", rich_help_panel=_LEARNING
+    ),
 ]
 Direction = Annotated[
     str | None,
@@ -164,6 +170,7 @@ def finetune(
     alpha: Alpha = None,
     temperature: Temperature = None,
     kl_direction: Direction = None,
+    init: Init = None,
     epochs: Epochs = None,
     steps: Steps = None,
     max_hours: MaxHours = None,
@@ -206,7 +213,7 @@ def finetune(
     from tcompress.workflow.settings import Settings
     from tcompress.workflow.task import load_task
 
-    method = make_method(method_name, alpha=alpha, temperature=temperature, kl_direction=kl_direction)
+    method = make_method(method_name, alpha=alpha, temperature=temperature, kl_direction=kl_direction, init=init)
     chosen = None if device == "auto" else pick_device(device)
     plan = plan_asked_for(
         plan_file, format_name, include, exclude, False, rank=rank, keep=keep, tolerance=tolerance, seed=seed

@@ -35,12 +35,12 @@ def make_learner(models: Models, engine: Engine, method: Method, against: Checkp
     dense = None if against is None else models.dense(against)
     model, kept = models.learning()
     before = engine.evaluate(model) if method.starts_dense else None
-    method.prepare(model, dense)
     scored = None
     if against is not None and dense is not None:
         scored = Scored(against.path, describe(against).nbytes, engine.evaluate(dense))
     teacher = _teacher(models, method, dense)
     setup = Setup(models.task, model, teacher, engine.epochs, engine.options.seed)
+    method.prepare(setup, dense)
     return Learner(model, method.objective(setup), kept, scored, before)
 
 

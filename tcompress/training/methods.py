@@ -13,8 +13,11 @@ from tcompress.training.iterating import Iterate
 from tcompress.training.objective import Method
 from tcompress.training.pruning import Prune
 from tcompress.training.reconstruction import Reconstruct
+from tcompress.training.scratch import FromScratch
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Distill, Reconstruct, Prune, Iterate)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Finetune, Distill, Reconstruct, Prune, Iterate, FromScratch)
+}
 
 
 def make_method(text: str, **options: Any) -> Method:

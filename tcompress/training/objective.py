@@ -101,13 +101,14 @@ class Method(ABC):
         """Return the task as it serves this method. Raises UsageError for one that does not."""
         return task
 
-    def prepare(self, model: nn.Module, dense: nn.Module | None) -> None:
+    def prepare(self, setup: Setup, dense: nn.Module | None) -> None:
         """Change the loaded model into the one that learns; most methods have nothing to do.
 
-        model: factorised layers that ``let_learn`` has made ready. dense: the same model with the dense weights, which
-        do not learn, where a dense checkpoint is known; a method with ``starts_dense`` is always given one.
+        setup: its model has factorised layers that ``let_learn`` has made ready. dense: the same model with the dense
+        weights, which do not learn, where a dense checkpoint is known; a method with ``starts_dense`` is always given
+        one.
         """
-        del model, dense
+        del setup, dense
 
     @abstractmethod
     def objective(self, setup: Setup) -> Objective:

@@ -72,11 +72,11 @@ class Prune(Distill):
                 problem = "--method prune has one threshold for all layers, which makes no groups of m; leave m out"
                 raise UsageError(f"{rule.match}: {problem}")
 
-    def prepare(self, model: nn.Module, dense: nn.Module | None) -> None:
+    def prepare(self, setup: Setup, dense: nn.Module | None) -> None:
         assert dense is not None, "it starts dense"  # noqa: S101
         found = {
             id(layer): (layer, dense.get_parameter(name))
-            for name, layer in collect(model).items()
+            for name, layer in collect(setup.model).items()
             if isinstance(layer.setting, Sparse | LowRankSparse)
             if any(factor.requires_grad for factor in layer.factors.parameters())
         }

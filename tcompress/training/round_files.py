@@ -14,7 +14,7 @@ from tcompress.checkpoint.opening import SAFETENSORS_SUFFIX
 from tcompress.checkpoint.output import STATE, Output
 from tcompress.training.history import Row
 from tcompress.training.outcome import Round, Scored, Trained
-from tcompress.training.starting import ROUNDS
+from tcompress.training.starting import RESULT, ROUNDS
 from tcompress.training.state import write_whole
 from tcompress.workflow.results import measure
 
@@ -54,7 +54,7 @@ class RoundFiles:
 
     def result(self, number: int) -> Path:
         """Return the checkpoint that a round ended with, there whole or not at all."""
-        return self._checkpoint(f"result-{number}")
+        return self._checkpoint(f"{RESULT}-{number}")
 
     def finished(self) -> list[Done]:
         """Return the rounds that are over, the first being 1."""
@@ -82,7 +82,7 @@ class RoundFiles:
         self.result(number).replace(self.output.draft)
 
     def _figures(self, number: int) -> Path:
-        return self.folder / f"result-{number}.json"
+        return self.folder / f"{RESULT}-{number}.json"
 
     def _checkpoint(self, stem: str) -> Path:
         return self.folder / (stem if self.output.is_folder else f"{stem}{SAFETENSORS_SUFFIX}")

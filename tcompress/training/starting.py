@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _STEM = "start"
 ROUNDS = "rounds-"  # what the name of a folder begins with in which rounds are kept
+RESULT = "result"  # of a round
 
 
 def check_start(
@@ -95,6 +96,11 @@ def opened_start(
     accelerator.wait_for_everyone()
     with open_checkpoint(path) as start:
         yield start
+
+
+def has_rounds(output: Output) -> bool:
+    """Tell whether a round is over."""
+    return any(output.workspace.glob(f"{ROUNDS}*/{RESULT}-*"))
 
 
 def is_started(output: Output) -> bool:

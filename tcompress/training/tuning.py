@@ -30,7 +30,7 @@ from tcompress.training.options import TrainingOptions
 from tcompress.training.outcome import Best, NothingBetterError, Outcome, Round, Scored, Trained
 from tcompress.training.round_files import RoundFiles
 from tcompress.training.rounds import Course, check_rounds
-from tcompress.training.starting import check_start, is_started, opened_start
+from tcompress.training.starting import check_start, has_rounds, is_started, opened_start
 from tcompress.training.state import SavedState
 from tcompress.training.watching import Watch, unwatched
 from tcompress.version import __version__
@@ -195,10 +195,11 @@ class _Trainer:
     ) -> Trained:
         """Train a checkpoint, and write the draft of the output with the best values. Raises as ``finetune``."""
         saved = SavedState(self.output.workspace, self.run_of(start, method, options))
-        self.output.is_worth_keeping = lambda: saved.exists() or is_started(self.output)
+        self.output.is_worth_keeping = lambda: saved.exists() or has_rounds(self.output)
         engine = Engine(self.accelerator, self.task, options, method.defaults, saved, tell, self.watch, curves)
         models = Models(start, self.task, self.strip_prefix, self.accelerator.device)
         learner = make_learner(models, engine, method, self.against)
+        self.output.is_worth_keeping = lambda: saved.exists() or is_started(self.output)
         outcome = engine.train(learner.model, learner.objective)
         best = _writable(outcome, self.output, self.task)
         self.witness.require_unchanged()

@@ -2,7 +2,7 @@
 
 Letters: W (out, n) = the weight as its matrix; G (n, n) = the second moment of its input; D = the squared distance of
 the model's outputs from the dense model's over their squared size; r = the squared relative error of the layer's
-output that caused it.
+output that caused it. Of a table both are of those rows that are looked up: how much others lose says nothing of D.
 
 Nothing is differentiated and no labels are needed: each layer in turn is pruned hard, alone, and the model is run. D/r
 is what an error of this layer costs; damage of a real size is seen as it is, and not as its slope at zero. That is an
@@ -24,6 +24,7 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.formats.metric import PLAIN, Metric
 from tcompress.formats.sparse import Sparse
 from tcompress.workflow.fitting import working_copy
+from tcompress.workflow.moments import lookups_of
 from tcompress.workflow.progress import Progress, silent, steps
 from tcompress.workflow.samples import first_samples, outputs_in
 from tcompress.workflow.tracing import Traced
@@ -52,20 +53,24 @@ def importances(
     """
     few = first_samples(batches, _ENOUGH)
     before = [outputs_in(traced.run(batch)) for batch in few]
+    lookups = lookups_of(traced, few, checkpoint)
     found = {}
     for layer in steps("weighing", layers, progress):
         uses = [use for use in traced.uses if use.layer.name == layer.name]
         weight = working_copy(checkpoint.read(layer.name), traced.device)
         metric = metrics.get(layer.name, PLAIN).like(weight)
-        damaged = metric.fit(Sparse(density=_PRUNED_TO), weight).reconstruct().detach()
-        r = metric.square(weight - damaged) / (metric.square(weight) or 1.0)
+        # Rows as other text will find them: those of these samples are better off than most.
+        seen = Metric(rows=lookups[layer.name]) if layer.name in lookups else metric
+        damaged = (PLAIN if layer.name in lookups else metric).fit(Sparse(density=_PRUNED_TO), weight)
+        damaged_weight = damaged.reconstruct().detach()
+        r = seen.square(weight - damaged_weight) / (seen.square(weight) or 1.0)
         if not uses or r == 0:
             found[layer.name] = values_alone(layer)
             continue
         held = [getattr(use.module, use.attribute) for use in uses]
         kept = held[0].clone()
         with torch.no_grad():
-            held[0].copy_(damaged)
+            held[0].copy_(damaged_weight)
         distance = _distance(before, [outputs_in(traced.run(batch)) for batch in few])
         with torch.no_grad():
             held[0].copy_(kept)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.statistics_file import LayerStatistics, Statistics
@@ -63,14 +65,19 @@ def _from(checkpoint: Checkpoint, layers: Sequence[Layer], statistics: Statistic
         if found is None:
             continue
         metrics[layer.name] = metric_of_counts(found.moment) if found.counts else Metric(found.moment)
+        weight = checkpoint.read(layer.name)
+        counted = metrics[layer.name].counted(weight)
+        weights[layer.name] = math.sqrt(counted * _change(weight, found)) or values_alone(layer)
         if not found.counts:
-            weights[layer.name] = math.sqrt(layer.values * _change(checkpoint, layer, found)) or values_alone(layer)
             calls[layer.name] = [Call(max(1, round(found.positions_per_sample)))]
     return Knowledge(weights, metrics, calls)
 
 
-def _change(checkpoint: Checkpoint, layer: Layer, found: LayerStatistics) -> float:
+def _change(weight: Tensor, found: LayerStatistics) -> float:
     """Return how far the objective moves, to second order, when the layer's output is gone."""
-    matrix = checkpoint.read(layer.name).double().reshape(layer.shape[0], -1)
+    matrix = weight.double().reshape(len(weight), -1)
+    if found.counts:
+        channels = found.moment.double() @ matrix.square() / max(float(found.moment.sum()), 1.0)
+        return found.positions_per_sample * float((channels * found.sensitivity).sum())
     moved = matrix * found.moment if found.diagonal else matrix @ found.moment
     return max(found.positions_per_sample * float(((moved * matrix).sum(dim=1) * found.sensitivity).sum()), 0.0)

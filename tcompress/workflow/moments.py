@@ -111,6 +111,10 @@ class Inputs:
         for piece in _pieces(module, x) if self._all_rows else [x]:
             self._moments[name].add(input_matrix(module, piece) if self._all_rows else rows_of(module, piece))
 
+    def counts(self, name: str) -> Tensor:
+        """Return how often each row of a table was looked up, (rows,)."""
+        return self._counts[name]
+
     def metric(self, name: str) -> Metric:
         """Return which errors of a layer count; once for each."""
         if name in self._counts:
@@ -177,6 +181,17 @@ def metrics_of(traced: Traced, batches: Sequence[Any], checkpoint: Checkpoint) -
     inputs = Inputs(counted, checkpoint, _LARGEST_FULL, {}, all_rows=False)
     inputs.measure(traced, batches)
     return {name: inputs.metric(name) for name in counted}
+
+
+def lookups_of(traced: Traced, batches: Sequence[Any], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return how often each row of a table is looked up, (rows,), by layers that are embeddings and nothing else."""
+    uses: dict[str, list[Use]] = {}
+    for use in traced.uses:
+        uses.setdefault(use.layer.name, []).append(use)
+    tables = {n: all_ for n, all_ in uses.items() if all(isinstance(use.module, nn.Embedding) for use in all_)}
+    inputs = Inputs(tables, checkpoint, _LARGEST_FULL, {}, all_rows=False)
+    inputs.measure(traced, batches if tables else ())
+    return {name: inputs.counts(name) for name in tables}
 
 
 def metric_of_counts(counts: Tensor) -> Metric:

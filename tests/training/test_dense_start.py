@@ -47,8 +47,8 @@ class Late(Method):
     starts_dense: ClassVar[bool] = True
     by_epochs: ClassVar[bool] = True
 
-    def prepare(self, model, dense) -> None:
-        assert collect(model)
+    def prepare(self, setup, dense) -> None:
+        assert collect(setup.model)
         assert not collect(dense)
         assert all(not each.requires_grad for each in dense.parameters())
 

@@ -74,7 +74,7 @@ def prepared(small, fixtures, tmp_path):
         models = Models(start, task, "", torch.device("cpu"))
         dense = models.dense(open_checkpoint(fixtures / source))
         model, _ = models.learning()
-        (method or Prune()).prepare(model, dense)
+        (method or Prune()).prepare(Setup(task, model, dense, epochs=None, seed=0), dense)
         return model, dense
 
     return call
@@ -172,7 +172,7 @@ def test_the_parts_are_those_of_the_equations(prepared, small, fixtures):
 def test_a_zero_that_stands_in_the_place_of_the_low_rank_part_is_one(prepared):
     model, dense = prepared(MASKING)
     dense.hidden.weight.data[0, :5] = 0
-    Prune().prepare(model, dense)
+    Prune().prepare(Setup(None, model, dense, epochs=None, seed=0), dense)
     layer = collect(model)["hidden.weight"]
     assert layer.factors.sparse.matrix().all()
     torch.testing.assert_close(layer.weight[0, :5], torch.zeros(5), rtol=0, atol=1e-37)

@@ -142,6 +142,15 @@ def test_a_layer_learns_from_its_own_error_alone(case):
             torch.testing.assert_close(other, one)
 
 
+def test_no_gradient_goes_from_a_layer_to_the_one_right_before_it(case):
+    found = case(seeded(lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))))
+    found.loss(INPUTS).backward()
+    own = ((found.student[0](INPUTS) - found.teacher[0](INPUTS)) ** 2).sum() / (found.teacher[0](INPUTS) ** 2).sum() / 2
+    wanted = torch.autograd.grad(own, list(found.student[0].parameters()))
+    for one, other in zip(wanted, found.student[0].parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one)
+
+
 def test_one_after_another_only_one_layer_learns_and_nothing_behind_it_is_computed(case):
     found = case(mlp(), "reconstruct:order=sequential:end_to_end=0.4")
     ran: list[str] = []
@@ -248,6 +257,7 @@ def test_a_layer_that_is_not_called_itself_is_matched_with_what_is_around_it(cas
     inputs = INPUTS.reshape(2, 8, 6)
     found = case(seeded(attention), batch=inputs)
     assert "self_attn" in found.objective.units
+    found.student.train()
     assert torch.equal(found.loss(inputs), found.loss(inputs)), "nothing is dropped"
 
 
@@ -371,6 +381,10 @@ def test_a_note_names_what_the_model_itself_computes_with(case):
     assert objective.units == ["called"]
     assert objective.notes == ["apart stays as it is stored: what computes with it is the model itself"]
     assert case(dense, "reconstruct:end_to_end=0.5").objective.notes == []
+
+
+def test_what_lies_within_a_unit_is_none(case):
+    assert case(nn.Sequential(seeded(Named), nn.Linear(6, 3))).objective.units == ["0", "1"]
 
 
 class Named(nn.Module):
