@@ -157,6 +157,20 @@ def test_what_was_compressed_again_stands_beside_what_was_not(written, tmp_path)
     assert sum(each.nbytes for each in after.values()) < sum(each.nbytes for each in small.values())
 
 
+def test_a_layer_that_was_trained_dense_is_fitted_as_it_is_now(written, tmp_path):
+    original, trained = planted(80, 80, 4), planted(80, 80, 4, seed=1)
+    save_file({"a.weight": planted(120, 90, 5), "b.weight": trained}, tmp_path / "trained.safetensors")
+    plan = plan_for(SVD(rank=5), include=["a.*"])
+    compress(open_checkpoint(tmp_path / "trained.safetensors"), plan, out=tmp_path / "small.safetensors")
+    dense = written(a=planted(120, 90, 5), b=original)
+    ladder = Ladder(open_checkpoint(tmp_path / "small.safetensors"), dense, SETTINGS)
+    (step,) = ladder.steps(goals_of(dense, plan_for(SVD(rank=1), include=["b.*"]), SETTINGS), 1.0)
+    found = ladder.fitted(step)
+    product = found.factors["left"] @ found.factors["right"]
+    torch.testing.assert_close(product, SVD(rank=4).fit(trained).reconstruct().detach(), atol=1e-4, rtol=1e-4)
+    assert found.relative_error == pytest.approx(float((product - original).norm() / original.norm()), rel=1e-4)
+
+
 def test_other_formats_are_refused(written):
     dense = written(a=planted(30, 30, 5))
     with pytest.raises(UsageError, match=r"step by step in svd and tucker, and \* is to be sparse:density=0.5"):
