@@ -60,8 +60,8 @@ class Three(nn.Module):
 def drawn(tmp_path):
     """Return a model of every kind of layer in one format, its factors drawn."""
 
-    def call(setting, seed=0, store=None):
-        torch.manual_seed(0)
+    def call(setting, seed=0, store=None, trained=0):
+        torch.manual_seed(trained)
         save_file(Three().state_dict(), tmp_path / "three.safetensors")
         dense, out = open_checkpoint(tmp_path / "three.safetensors"), tmp_path / "small.safetensors"
         compress(dense, plan_for(setting), out=out, force=True, settings=Settings(store=store))
@@ -89,6 +89,18 @@ def test_weights_of_every_format_have_the_mean_square_that_layers_begin_with(nam
         values = [each.detach() for each in layer.factors.parameters() if each.numel() > 100]
         for each in values:
             assert float(each.std()) == pytest.approx(float(values[0].std()), rel=0.3), "factors are of one size"
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if not issubclass(kind, GroupFormat)])
+def test_no_factor_of_any_format_tells_of_the_weights_that_it_was_fitted_to(name, drawn):
+    one, two = (collect(drawn(setting_of(name), trained=trained)) for trained in (0, 1))
+    assert one
+    assert one.keys() == two.keys()
+    for weight, layer in one.items():
+        first, second = (dict(each.factors.named_parameters()) for each in (layer, two[weight]))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(values, second[factor]) for factor, values in first.items())
+        assert torch.equal(layer.factors.reconstruct(), two[weight].factors.reconstruct())
 
 
 @pytest.mark.parametrize("setting", [Sparse(density=0.2), Sparse(density=0.5, m=4), SVD(rank=3)], ids=str)
