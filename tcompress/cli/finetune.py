@@ -51,7 +51,8 @@ MethodName = Annotated[
     typer.Option(
         "--method",
         help="finetune: the task's loss; distill: beside it the outputs of the dense model; prune: the same, while "
-        "the dense MODEL is pruned down to a plan. Options of a method stand behind it, as distill:alpha=0.5.",
+        "the dense MODEL is pruned down to a plan; lc: the weights of the dense MODEL, drawn to what they compress to. "
+        "Options of a method stand behind it, as distill:alpha=0.5.",
         metavar="METHOD[:OPTION=VALUE...]",
         rich_help_panel=_LEARNING,
     ),

@@ -9,10 +9,11 @@ from tcompress.errors import FormatError, UsageError
 from tcompress.formats.options import split
 from tcompress.training.distillation import Distill
 from tcompress.training.finetuning import Finetune
+from tcompress.training.learning_compression import LearningCompression
 from tcompress.training.objective import Method
 from tcompress.training.pruning import Prune
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Distill, Prune)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Finetune, Distill, Prune, LearningCompression)}
 
 
 def make_method(text: str, **options: Any) -> Method:

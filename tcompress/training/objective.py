@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +33,10 @@ class Objective(ABC):
         """Do what is due after the last step of an epoch, before the model is scored."""
         del epoch
 
+    def begin_step(self, step: int, steps: int) -> None:
+        """Do what is due before a step, of which the first is 0, of so many; most methods have nothing to do."""
+        del step, steps
+
     def may_be_written(self, epoch: int) -> bool:
         """Tell whether the model after an epoch, 0 before the first, is one that was asked for."""
         del epoch
@@ -43,7 +48,8 @@ class Setup:
     """What a method makes its objective from.
 
     model: the one that learns, on its device, not wrapped. teacher: a model beside it, of a method that has one; else
-    None. epochs: at most; None where steps alone were asked for, which ``by_epochs`` rules out.
+    None. epochs: at most; None where steps alone were asked for, which ``by_epochs`` rules out. mean_loss: tells a
+    model's loss on some of the batches it is to learn from, the same in every process.
     """
 
     task: Task
@@ -51,6 +57,7 @@ class Setup:
     teacher: nn.Module | None
     epochs: int | None
     seed: int
+    mean_loss: Callable[[nn.Module], float] | None = None
 
 
 @dataclass(frozen=True)
