@@ -52,8 +52,9 @@ MethodName = Annotated[
         "--method",
         help="finetune: the task's loss; distill: beside it the outputs of the dense model; reconstruct: what each "
         "layer or block of the dense model gives, without labels; prune: as distill, while the dense MODEL is pruned "
-        "down to a plan; iterate: compress a few layers of the dense MODEL a little, train, and again; from-scratch: "
-        "the task's loss, from random factors. Options of a method stand behind it, as distill:alpha=0.5.",
+        "down to a plan; iterate: compress a few layers of the dense MODEL a little, train, and again; lc: the weights "
+        "of the dense MODEL, drawn to what they compress to; from-scratch: the task's loss, from random factors. "
+        "Options of a method stand behind it, as distill:alpha=0.5.",
         metavar="METHOD[:OPTION=VALUE...]",
         rich_help_panel=_LEARNING,
     ),

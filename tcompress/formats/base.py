@@ -130,6 +130,7 @@ class Format(ABC):
     has_threshold: ClassVar[bool] = False  # keeps values by magnitude, so that layers can share one threshold
     quick: ClassVar[bool]  # fitted in seconds, so that `analyze` tries it unasked
     adapts: ClassVar[bool] = False  # best_within looks at the weight
+    has_price: ClassVar[bool] = False  # fit_at_price finds the ranks
     exact_bytes: ClassVar[bool] = True  # known before the fit; else stored_bytes is an upper bound until then
 
     @abstractmethod
@@ -141,6 +142,19 @@ class Format(ABC):
         never larger than that of the fit without; None stands for the identity.
         Pure and deterministic. Raises NumericalError when the computation breaks down, or gram is no second moment.
         """
+
+    def fit_at_price(self, weight: Tensor, price: float) -> Factorization:
+        """Return the factorization that minimises ||weight - reconstruction||^2 + price * values of its factors.
+
+        Ranks are free, the other options are those of the setting; no rank is 0 where that would leave nothing. For
+        formats that have a price. weight: as of ``fit``. Raises NumericalError as that does.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no ranks that a price decides")
+
+    def sized_as(self, factors: Factorization) -> Self:
+        """Return the same setting with the amount that such factors have, where it says one that can be read off."""
+        del factors
+        return self
 
     def unpruned(self, weight: Tensor) -> Tensor:
         """Return the values from which the largest are kept, (out, fan_in), for formats that have a threshold.

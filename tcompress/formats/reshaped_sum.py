@@ -16,20 +16,21 @@ from torch import Tensor, nn
 
 from tcompress.encodings import FactorSpec
 from tcompress.errors import FormatError
-from tcompress.formats.addends import Addends
+from tcompress.formats.addends import SumOfTerms
 from tcompress.formats.base import Factorization, Format, Shape, largest, listed, require_count, require_matrix_like
 from tcompress.formats.for_output import refined
 from tcompress.formats.search import smallest_reaching
 from tcompress.formats.svd import SVD
 from tcompress.formats.ttm import TTMatrix
 from tcompress.linalg.distance import frobenius_norm
-from tcompress.linalg.svd import scaled_to_unit, singular_values
+from tcompress.linalg.svd import rank_at_price, scaled_to_unit, singular_values
 
 RESHAPES = ("channel", "spatial", "paired")
 _SWEEPS = 30
 _GAIN = 1e-4  # relative, by which a sweep must lower the error to be followed by another
 _CHOICE_SWEEPS = 3  # per candidate of the penalty: each starts from the terms of the one before
 _CHOICE_STEPS = 10
+_PRICE_SWEEPS = 10  # as in the authors' program
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class ReshapedSum(Format):
     size_option: ClassVar[str] = "rank"
     quick: ClassVar[bool] = False
     adapts: ClassVar[bool] = True
+    has_price: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.ranks is None):
@@ -153,6 +155,58 @@ class ReshapedSum(Format):
                 break
         return found, error
 
+    def fit_at_price(self, weight: Tensor, price: float) -> Factorization:
+        """Alternate over the terms: each in turn has its best rank and values beside the others, which is closed form.
+
+        No sweep ends with a larger sum of error and price than the one before, but where it ends is a local optimum:
+        one term alone is taken where that is better.
+        """
+        shape = tuple(weight.shape)
+        prices = [price * cost for cost in self._costs(shape)]
+        parts = [torch.zeros_like(weight) for _ in prices]
+        found, paid = self._sweep_at(weight, prices, parts)
+        for _ in range(_PRICE_SWEEPS - 1):
+            before = paid
+            found, paid = self._sweep_at(weight, prices, parts)
+            if paid >= before - _GAIN * before:
+                break
+        best, least = (found, paid) if any(found) else ([], math.inf)
+        for position, name in enumerate(self._plan(shape)[0]):
+            rank = max(1, rank_at_price(singular_values(_matrix(self._term(name, 1), weight)), prices[position]))
+            alone = self._term(name, rank).fit(weight)
+            cost = _lost(weight, alone) + rank * prices[position]
+            if cost < least:
+                best, least = [alone if at == position else None for at in range(len(prices))], cost
+        return SumOfTerms(shape, best)
+
+    def _sweep_at(
+        self, weight: Tensor, prices: Sequence[float], parts: list[Tensor]
+    ) -> tuple[list[Factorization | None], float]:
+        """Give each term in turn the rank and the values that are best beside the others, at so much for one rank.
+
+        parts: the weights of the terms, which are changed. Returns the terms, and their error squared with their price.
+        """
+        found, paid = list[Factorization | None](), 0.0
+        for position, name in enumerate(self._plan(tuple(weight.shape))[0]):
+            target = weight - (sum(parts, torch.zeros_like(weight)) - parts[position])
+            rank = rank_at_price(singular_values(_matrix(self._term(name, 1), target)), prices[position])
+            fitted = self._term(name, rank).fit(target) if rank else None
+            parts[position] = torch.zeros_like(weight) if fitted is None else fitted.reconstruct().detach()
+            paid += rank * prices[position]
+            found.append(fitted)
+        return found, frobenius_norm(weight - sum(parts)) ** 2 + paid
+
+    def _costs(self, shape: Shape) -> list[int]:
+        """Return the values that are stored for one rank of each term."""
+        singles = [self._term(name, 1) for name in self._plan(shape)[0]]
+        return [sum(spec.values for spec in term.factor_specs(shape, torch.float32).values()) for term in singles]
+
+    def sized_as(self, factors: Factorization) -> Self:
+        assert isinstance(factors, SumOfTerms), "they are this format's"  # noqa: S101
+        terms = dict(factors.terms.items())
+        ranks = tuple(_rank_of(terms.get(str(at))) for at in range(len(self._plan(factors.shape)[0])))
+        return replace(self, rank=None, ranks=ranks)
+
     def load(self, shape: Shape, factors: Mapping[str, Tensor]) -> Factorization:
         terms, left = [], dict(factors)
         for position, name in enumerate(self._plan(shape)[0]):
@@ -194,18 +248,16 @@ class ReshapedSum(Format):
         """Yield ranks that fit: each term alone, then the penalised choice."""
         shape = tuple(weight.shape)
         names, _ = self._plan(shape)
-        singles = [self._term(name, 1) for name in names]
-        costs = [sum(spec.values for spec in t.factor_specs(shape, weight.dtype).values()) for t in singles]
-        for position, term in enumerate(singles):
+        for position, name in enumerate(names):
 
             def alone(rank: int, position: int = position) -> tuple[int, ...]:
                 return tuple(rank if other == position else 0 for other in range(len(names)))
 
-            yield alone(largest(lambda rank: fits(alone(rank)), _full_rank(term, shape)))
-        yield self._penalised(weight, names, costs, fits)
+            yield alone(largest(lambda rank: fits(alone(rank)), _full_rank(self._term(name, 1), shape)))
+        yield self._penalised(weight, self._costs(shape), fits)
 
     def _penalised(
-        self, weight: Tensor, names: Sequence[str], costs: Sequence[int], fits: Callable[[tuple[int, ...]], bool]
+        self, weight: Tensor, costs: Sequence[int], fits: Callable[[tuple[int, ...]], bool]
     ) -> tuple[int, ...]:
         """Return the ranks that minimise ||W - sum T||^2 + penalty * values, at the least penalty that fits.
 
@@ -214,20 +266,15 @@ class ReshapedSum(Format):
         """
         weight = scaled_to_unit(weight)[0]  # what is squared here must not leave the range
         low, high = 0.0, frobenius_norm(weight) ** 2 / min(costs)
-        best: tuple[int, ...] = (0,) * len(names)
-        parts = [torch.zeros_like(weight) for _ in names]
+        best: tuple[int, ...] = (0,) * len(costs)
+        parts = [torch.zeros_like(weight) for _ in costs]
         for _ in range(_CHOICE_STEPS):
             penalty = math.sqrt(max(low, high * 1e-8) * high)
-            ranks = [0] * len(names)
             for _ in range(_CHOICE_SWEEPS):
-                for position, (name, cost) in enumerate(zip(names, costs, strict=True)):
-                    target = weight - (sum(parts, torch.zeros_like(weight)) - parts[position])
-                    values = singular_values(_matrix(self._term(name, 1), target))
-                    ranks[position] = int((values.square() > penalty * cost).sum())
-                    fitted = self._term(name, ranks[position]).fit(target) if ranks[position] else None
-                    parts[position] = torch.zeros_like(weight) if fitted is None else fitted.reconstruct().detach()
-            if fits(tuple(ranks)):
-                best, high = tuple(ranks), penalty
+                found, _ = self._sweep_at(weight, [penalty * cost for cost in costs], parts)
+            ranks = tuple(map(_rank_of, found))
+            if fits(ranks):
+                best, high = ranks, penalty
             else:
                 low = penalty
         return best
@@ -250,44 +297,6 @@ class ReshapedSum(Format):
         return max(_full_rank(self._term(name, 1), shape) for name in self._plan(shape)[0])
 
 
-class SumOfTerms(Factorization):
-    """terms: factorizations whose weights are added; None for a term of rank 0."""
-
-    def __init__(self, shape: Shape, terms: Sequence[Factorization | None]) -> None:
-        super().__init__()
-        self.shape = shape
-        self.terms = nn.ModuleDict({str(position): term for position, term in enumerate(terms) if term is not None})
-
-    def reconstruct(self) -> Tensor:
-        members = iter(self.members())
-        whole = next(members).reconstruct()
-        for term in members:  # one at a time: all together would take the memory of so many weights
-            whole = whole + term.reconstruct()
-        return whole
-
-    def members(self) -> list[Factorization]:
-        """Return the terms that are there."""
-        return [term for term in self.terms.values() if isinstance(term, Factorization)]
-
-    def operations(self, *, groups: int = 1, steps: int = 1) -> int:
-        return sum(term.operations(groups=groups, steps=steps) for term in self.members())
-
-    def prepared(self) -> Factorization:
-        return Addends(self.shape, [term.prepared() for term in self.members()])
-
-    def linear(self, x: Tensor) -> Tensor:
-        if not self.saves():
-            return super().linear(x)
-        first, *others = (term.linear(x) for term in self.members())
-        return sum(others, first)
-
-    def conv(self, x: Tensor, **geometry: Any) -> Tensor:
-        if isinstance(geometry.get("padding", 0), str) or not self.saves(**geometry):
-            return super().conv(x, **geometry)
-        first, *others = (term.conv(x, **geometry) for term in self.members())
-        return sum(others, first)
-
-
 def _full_rank(term: Format, shape: Shape) -> int:
     """Return the rank of the term's matricisation beyond which nothing is gained."""
     if isinstance(term, TTMatrix):
@@ -302,3 +311,12 @@ def _matrix(term: Format, weight: Tensor) -> Tensor:
         return folded.reshape(folded.shape[0], -1)
     assert isinstance(term, SVD)  # noqa: S101
     return term.matrix(weight)
+
+
+def _rank_of(term: nn.Module | None) -> int:
+    """Return the last size of a term's first factor, which is its rank in every reshape; 0 for no term."""
+    return 0 if term is None else next(term.parameters()).shape[-1]
+
+
+def _lost(weight: Tensor, term: Factorization) -> float:
+    return frobenius_norm(weight - term.reconstruct().detach()) ** 2

@@ -177,6 +177,10 @@ class Sparse(Format):
         whole = float(lost[-1]) or 1.0
         return Outlook(lambda setting: float(lost[len(squares) - setting.kept(len(squares))]) / whole, is_exact=True)
 
+    def sized_as(self, factors: Factorization) -> Self:
+        matrix = factors.state_dict()["matrix"]
+        return replace(self, density=int(matrix.count_nonzero()) / matrix.numel())
+
     @property
     def added_matrix(self) -> str | None:
         return "matrix"

@@ -30,7 +30,14 @@ from tcompress.formats.for_output import best_for_output, refined, unit_moment
 from tcompress.formats.outlook import Outlook
 from tcompress.formats.staged import StagedFactorization, Stages
 from tcompress.linalg.output_error import best_in_metric
-from tcompress.linalg.svd import left_out, rank_for_error, scaled_to_unit, singular_values, truncated_svd
+from tcompress.linalg.svd import (
+    left_out,
+    rank_at_price,
+    rank_for_error,
+    scaled_to_unit,
+    singular_values,
+    truncated_svd,
+)
 
 MATRICISATIONS = ("channel", "spatial")
 
@@ -54,6 +61,7 @@ class SVD(Format):
     reference: ClassVar[str] = "Eckart & Young 1936; Denton et al. 2014; spatial: Jaderberg et al. 2014"
     size_option: ClassVar[str] = "rank"
     quick: ClassVar[bool] = True
+    has_price: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_count("svd", "rank", self.rank)
@@ -75,6 +83,15 @@ class SVD(Format):
         for_output = self.from_product(shape, product.left, product.left.T @ matrix)
         # The best one, but for rounding: where hardly anything is lost, that decides.
         return best_for_output([for_output, plain], weight, moment)
+
+    def fit_at_price(self, weight: Tensor, price: float) -> Factorization:
+        """Keep the singular values whose squares exceed the price of a rank (Idelbayev & Carreira-Perpinan 2020)."""
+        matrix = self.matrix(weight)
+        rank = rank_at_price(singular_values(matrix), price * sum(matrix.shape))
+        return replace(self, rank=max(1, rank)).fit(weight)
+
+    def sized_as(self, factors: Factorization) -> Self:
+        return replace(self, rank=factors.state_dict()["left"].shape[1])
 
     @classmethod
     def sweep(cls, weight: Tensor, settings: Sequence[Self]) -> Iterator[Factorization]:

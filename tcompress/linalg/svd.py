@@ -121,6 +121,14 @@ def rank_for_error(values: Tensor, relative_error: float) -> int:
     return max(1, int((from_rank > relative_error**2 * from_rank[0]).sum()))
 
 
+def rank_at_price(values: Tensor, price: float) -> int:
+    """Return the rank r, 0 or more, that minimises ``price`` * r plus the sum of squares of the values left out.
+
+    values: all singular values, descending. Each one pays for itself or not, whatever the others do.
+    """
+    return int((values.square() > price).sum())
+
+
 def scaled_to_unit(matrix: Tensor) -> tuple[Tensor, int]:
     """Return ``matrix`` times 2^-exponent and the exponent, so that squares neither overflow nor underflow.
 

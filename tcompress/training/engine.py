@@ -41,6 +41,9 @@ except ImportError as error:
     raise ImportError(f"training needs accelerate ({error}): pip install 'tcompress[train]'") from error
 
 
+_MEASURED = 8  # batches by which the loss is measured before it is made smaller
+
+
 def make_accelerator(device: torch.device | None) -> Accelerator:
     """Return what knows devices and processes. device: None for what it finds.
 
@@ -102,6 +105,21 @@ class Engine:
         broadcast_object_list(scores)
         assert scores[0] is not None, "the main process has sent them"  # noqa: S101
         return scores[0]
+
+    def mean_loss(self, model: nn.Module) -> float:
+        """Return the task's mean loss on the first batches of an epoch, the same figure in every process.
+
+        Raises TaskError when the task's code fails, SafetyError when the memory is not enough.
+        """
+        model.eval()
+        seed_all(self.options.seed, 1)
+        losses = []
+        for number, batch in enumerate(islice(self.task.train_batches(), _MEASURED), start=1):
+            with naming(self.task, f"batch {number}, before the first step", batch), torch.no_grad():
+                losses.append(self.task.loss(model, send_to_device(batch, self.accelerator.device)).detach().float())
+        if not losses:
+            raise TaskError("train_batches gives no batch", path=self.task.path)
+        return float(self.accelerator.reduce(torch.stack(losses).mean(), "mean"))
 
     def evaluate_alone(self, model: nn.Module) -> dict[str, float]:
         """Return the scores of a model as it is, in this process."""

@@ -16,6 +16,7 @@ from tcompress.runtime.install import collect
 from tcompress.runtime.learning import Learning, Pruned
 from tcompress.runtime.modules import Factorized
 from tcompress.runtime.packed import Held, Packed, PackedFactorization, assemble, held_in, stored_in
+from tcompress.training.twin import Twin
 from tcompress.workflow.fitting import encoded
 from tcompress.workflow.saving import type_of
 
@@ -52,14 +53,21 @@ def learning_factors(model: nn.Module) -> list[nn.Parameter]:
 def as_stored(model: nn.Module) -> Iterator[None]:
     """Give the layers their factors as they would be stored, rounded and encoded; in the end those that learn again.
 
-    The settings of layers that are being pruned tell the density that they have come to.
+    The settings of layers that are being pruned, or whose amount is learnt, tell what they have come to.
     Raises NumericalError for a factor that cannot be stored.
     """
     layers = [module for module in model.modules() if isinstance(module, Factorized)]
     learning = [(layer, layer.factors, layer.setting) for layer in layers if _learns(layer.factors)]
     once: dict[int, nn.Parameter | Packed] = {}
+    of_twins: dict[int, dict[str, nn.Parameter | Packed]] = {}
     try:
         for layer, factors, setting in learning:
+            if isinstance(factors, Twin):
+                held = of_twins.setdefault(id(factors), factors.held())
+                found = assemble(setting, factors.shape, held, layer.like.dtype).to(layer.like.device)
+                layer.hold(found)
+                layer.setting = factors.setting
+                continue
             layer.hold(_stored(layer, factors, once))
             layer.setting = _as_pruned(setting, factors)
         yield
@@ -70,7 +78,7 @@ def as_stored(model: nn.Module) -> Iterator[None]:
 
 
 def _learns(factors: Factorization) -> bool:
-    return any(isinstance(held, Learning) for held in held_in(factors).values())
+    return isinstance(factors, Twin) or any(isinstance(held, Learning) for held in held_in(factors).values())
 
 
 def _learning(stored: nn.Parameter | Packed, is_sparse: bool, *, learns: bool) -> Held:

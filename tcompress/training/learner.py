@@ -39,7 +39,7 @@ def make_learner(models: Models, engine: Engine, method: Method, against: Checkp
     if against is not None and dense is not None:
         scored = Scored(against.path, describe(against).nbytes, engine.evaluate(dense))
     teacher = _teacher(models, method, dense)
-    setup = Setup(models.task, model, teacher, engine.epochs, engine.options.seed)
+    setup = Setup(models.task, model, teacher, engine.epochs, engine.options.seed, engine.mean_loss)
     method.prepare(setup, dense)
     return Learner(model, method.objective(setup), kept, scored, before)
 

@@ -10,13 +10,14 @@ from tcompress.formats.options import split
 from tcompress.training.distillation import Distill
 from tcompress.training.finetuning import Finetune
 from tcompress.training.iterating import Iterate
+from tcompress.training.learning_compression import LearningCompression
 from tcompress.training.objective import Method
 from tcompress.training.pruning import Prune
 from tcompress.training.reconstruction import Reconstruct
 from tcompress.training.scratch import FromScratch
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Finetune, Distill, Reconstruct, Prune, Iterate, FromScratch)
+    method.name: method for method in (Finetune, Distill, Reconstruct, Prune, LearningCompression, Iterate, FromScratch)
 }
 
 

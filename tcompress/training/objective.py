@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,7 +56,8 @@ class Setup:
     """What a method makes its objective from.
 
     model: the one that learns, on its device, not wrapped. teacher: a model beside it, of a method that has one; else
-    None. epochs: at most; None where steps alone were asked for, which ``by_epochs`` rules out.
+    None. epochs: at most; None where steps alone were asked for, which ``by_epochs`` rules out. mean_loss: tells a
+    model's loss on some of the batches it is to learn from, the same in every process.
     """
 
     task: Task
@@ -64,6 +65,7 @@ class Setup:
     teacher: nn.Module | None
     epochs: int | None
     seed: int
+    mean_loss: Callable[[nn.Module], float] | None = None
 
 
 @dataclass(frozen=True)

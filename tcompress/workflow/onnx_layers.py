@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tcompress.checkpoint.manifest import Entry
+from tcompress.formats.addends import SumOfTerms
 from tcompress.formats.base import Factorization
 from tcompress.formats.cp import CPTensor
-from tcompress.formats.reshaped_sum import SumOfTerms
 from tcompress.formats.sparse import SparseMatrix
 from tcompress.formats.sparse_product import SparseFactors
 from tcompress.formats.staged import StagedFactorization
