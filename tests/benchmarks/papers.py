@@ -1,0 +1,48 @@
+"""Figures of papers and slides, each beside what comes out here.
+
+    python tests/benchmarks/papers.py [--only a] [--seed 0] [--epochs N]
+
+a  MNIST by a tensor-train layer of ranks 1 to 4, trained from random cores (the slides' table)
+
+A table for each. One thread, unless --threads says more. Data as the tasks in tasks/ say: in ../shared/data beside the
+checkout, or where TCOMPRESS_DATA says. Nothing is kept between runs, and the same seed gives the same figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from reproductions import tensor_train_mnist
+from reproductions.base import Conditions, Reproduction
+
+REPRODUCTIONS: dict[str, Reproduction] = {"a": tensor_train_mnist.REPRODUCTION}
+
+
+def table(letter: str, seed: int, epochs: int | None) -> None:
+    reproduction, started = REPRODUCTIONS[letter], time.perf_counter()
+    print(f"### ({letter}) {reproduction.title}\n\n{reproduction.setting}\n")
+    print("| run | figure | measured | paper | source |\n" + "|---" * 5 + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        for row in reproduction.rows(Conditions(Path(folder), seed, epochs)):
+            print(f"| {row.run} | {row.figure} | {row.measured} | {row.paper} | {row.source} |", flush=True)
+    print(f"\nSeed {seed}, {torch.get_num_threads()} threads, {time.perf_counter() - started:.0f} s.\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=REPRODUCTIONS, default=list(REPRODUCTIONS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, help="in place of each reproduction's own number: a quick look")
+    parser.add_argument("--threads", type=int, default=1)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    for letter in asked.only:
+        table(letter, asked.seed, asked.epochs)
+
+
+if __name__ == "__main__":
+    main()
