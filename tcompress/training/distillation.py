@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcompress.errors import TaskError, TcompressError, UsageError
+from tcompress.training.losses import require_gradient
 from tcompress.training.objective import Method, Objective, Setup
 from tcompress.training.options import Defaults
 from tcompress.workflow.task import Task, failed
@@ -79,6 +80,8 @@ class Distillation(Objective):
         alpha = self._method.alpha
         with calls_of(self._student) as calls:
             own = self._task.loss(model, batch)
+        if alpha > 0 and torch.is_grad_enabled():  # the teacher's part has a gradient, and would hide it
+            require_gradient(own, self._task)
         if alpha == 1:
             return own
         if self._task.has("logits"):

@@ -24,7 +24,7 @@ from tcompress.training.batches import count_batches, for_steps, seed_all, steps
 from tcompress.training.curves import Curves
 from tcompress.training.factors import as_stored, learning_factors
 from tcompress.training.history import Row
-from tcompress.training.losses import Losses, naming
+from tcompress.training.losses import Losses, naming, require_gradient, untouched
 from tcompress.training.objective import Objective
 from tcompress.training.options import Defaults, TrainingOptions
 from tcompress.training.outcome import Best, Outcome, Position
@@ -258,8 +258,7 @@ class _Run:
         half = torch.autocast(self.accelerator.device.type, torch.bfloat16)
         with half if self.options.precision == "bf16" else nullcontext():
             loss = self.objective.loss(self.model, batch)
-        if not loss.requires_grad:
-            raise TaskError(f"loss has no gradient: {_UNTOUCHED}", path=self.task.path)
+        require_gradient(loss, self.task)
         return loss
 
     def _apart(self, *, is_last: bool) -> AbstractContextManager[Any]:
@@ -268,7 +267,7 @@ class _Run:
 
     def _require_gradient(self) -> None:
         if all(factor.grad is None for factor in self.factors):
-            raise TaskError(f"loss does not touch the compressed layers: {_UNTOUCHED}", path=self.task.path)
+            raise untouched(self.task)
 
     def _close_epoch(self, loss: float) -> None:
         at = self.at
@@ -338,9 +337,6 @@ class _Run:
         self.best = None if found["best"] is None else Best(**found["best"])
         self.rows = [Row(**row) for row in found["rows"]]
         self.resumed_at = self.at.step
-
-
-_UNTOUCHED = "no gradient reaches any factor; compute it from model(...), without torch.no_grad() or detach()"
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

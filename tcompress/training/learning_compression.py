@@ -25,6 +25,7 @@ from tcompress.runtime.install import collect
 from tcompress.runtime.learning import Learning
 from tcompress.runtime.packed import Held, Maker, held_in
 from tcompress.training.factors import as_stored
+from tcompress.training.losses import require_gradient, untouched
 from tcompress.training.objective import Method as Base
 from tcompress.training.objective import Objective, Setup
 from tcompress.training.options import Defaults
@@ -133,13 +134,25 @@ class Alternation(Objective):
         self._first = method.mu if method.mu is not None else self._balance(setup)
         self._last_choice = max(1, math.floor(method.until * epochs + 0.5))
         self._is_choosing = True
+        self._is_touched = False  # by the task's loss, as far as that was looked at
         self._mu = self._first
         self._anchors: list[Tensor] = []  # Delta(Theta) + lambda/mu; none where they are to be made anew
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         pairs = zip(self.twins, self._anchors, strict=True)
         distances = [(twin.weight - anchor).square().sum() for twin, anchor in pairs]
-        return self._task.loss(model, batch) + self._mu / 2 * torch.stack(distances).sum()
+        own = self._task.loss(model, batch)
+        if not self._is_touched:
+            self._require_touched(own)
+        return own + self._mu / 2 * torch.stack(distances).sum()
+
+    def _require_touched(self, own: Tensor) -> None:
+        """Raise TaskError for a loss that does not touch the weights: the engine sees the penalty's gradient alone."""
+        require_gradient(own, self._task)
+        weights = [twin.weight for twin in self.twins]
+        if all(each is None for each in torch.autograd.grad(own, weights, retain_graph=True, allow_unused=True)):
+            raise untouched(self._task)
+        self._is_touched = True
 
     def begin_epoch(self, epoch: int, *, anew: bool) -> None:
         del anew  # all that is not in the model follows from where the run is

@@ -15,6 +15,7 @@ from tcompress.training.batches import samples_in
 from tcompress.workflow.task import Task
 
 _SMALLER = "smaller (--accumulate N keeps the step as large), or take --precision bf16"
+_UNTOUCHED = "no gradient reaches any factor; compute it from model(...), without torch.no_grad() or detach()"
 
 
 class Losses:
@@ -65,6 +66,17 @@ def naming(task: Task, step: str, batch: Any) -> Iterator[None]:
         if cause is not None and isinstance(error, TaskError):
             raise TaskError(f"{step}, with a batch of {task.batches}: {error.reason}", path=error.path) from cause
         raise
+
+
+def require_gradient(loss: Tensor, task: Task) -> None:
+    """Raise TaskError for a loss that hangs on nothing that learns."""
+    if not loss.requires_grad:
+        raise TaskError(f"loss has no gradient: {_UNTOUCHED}", path=task.path)
+
+
+def untouched(task: Task) -> TaskError:
+    """Return the error of a loss that hangs on something that learns, but not on the compressed layers."""
+    return TaskError(f"loss does not touch the compressed layers: {_UNTOUCHED}", path=task.path)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -120,3 +120,9 @@ def test_without_a_teacher_nothing_begins(small, tune, tmp_path):
     with pytest.raises(UsageError, match="has no teacher for distill; give the dense checkpoint with --teacher"):
         tune(small(SVD(rank=4)), make_method("distill"))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_loss_without_gradient_is_told_although_the_teacher_has_one(small, tune, fixtures):
+    text = MLP + "\ndef loss(model, batch):\n    model(batch[0])\n    return torch.zeros(())\n"
+    with pytest.raises(TaskError, match="loss has no gradient: no gradient reaches any factor"):
+        tune(small(SVD(rank=4)), make_method("distill"), text=text, against=fixtures / "digits_mlp.safetensors")

@@ -412,3 +412,19 @@ def test_it_is_a_command(tcompress, fixtures, tmp_path):
         open_checkpoint(fixtures / "digits_mlp.safetensors"), plan_for(SVD(rank=8)), out=tmp_path / "one.safetensors"
     )
     assert abs((tmp_path / "l.safetensors").stat().st_size - (tmp_path / "one.safetensors").stat().st_size) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("return torch.zeros(())", "loss has no gradient: no gradient reaches any factor"),
+        (
+            "return F.cross_entropy(model(batch[0]).detach() * model.output.bias, batch[1])",
+            "loss does not touch the compressed layers: no gradient reaches any factor",
+        ),
+    ],
+)
+def test_a_loss_that_does_not_touch_the_weights_is_told_although_the_penalty_does(text, says, run, tmp_path):
+    with pytest.raises(TaskError, match=says):
+        run(SVD(rank=4), text=f"{MLP}\ndef loss(model, batch):\n    {text}\n")
+    assert not (tmp_path / "l.safetensors").exists()
