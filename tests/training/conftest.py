@@ -10,7 +10,10 @@ import torch
 
 import tcompress as package
 from tcompress.checkpoint.opening import open_checkpoint
+from tcompress.formats import Format
+from tcompress.training.objective import Method
 from tcompress.training.tuning import finetune, needs_of, uses_of
+from tcompress.workflow.plan import Target, plan_for
 from tcompress.workflow.settings import Settings
 from tests.training.tasks import MLP
 
@@ -48,3 +51,18 @@ def tune(tmp_path):
         )
 
     return call
+
+
+@pytest.fixture
+def from_dense(tune, fixtures):
+    """Return what runs one method from a dense fixture, with a setting or a plan."""
+
+    def runner(method_type: type[Method], **defaults):
+        def call(plan, method=None, *, source="digits_mlp.safetensors", store=None, **rest):
+            plan = plan_for(plan) if isinstance(plan, Format | Target) else plan
+            named = {"plan": plan, "settings": Settings(store=store), **defaults, **rest}
+            return tune(fixtures / source, method or method_type(), **named)  # an absolute source stays as it is
+
+        return call
+
+    return runner

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
-import torch
 
 import tcompress as package
 from tcompress import compress, plan_for, verify
@@ -16,8 +15,7 @@ from tcompress.formats.svd import SVD
 from tcompress.runtime.install import collect
 from tcompress.training.finetuning import TaskLoss
 from tcompress.training.objective import Method, Objective, Setup
-from tcompress.training.options import Defaults, TrainingOptions
-from tcompress.training.tuning import finetune, needs_of
+from tcompress.training.options import Defaults
 from tests.training.tasks import MLP
 
 PLAN = plan_for(SVD(rank=4))
@@ -58,15 +56,9 @@ class Late(Method):
 
 
 @pytest.fixture
-def late(tmp_path, fixtures):
-    def call(plan=PLAN, method=None, text=MLP, source=None, out="late.safetensors", **options):
-        (tmp_path / "task.py").write_text(text)
-        task = package.load_task(str(tmp_path / "task.py"), needs_of(Late()))
-        chosen = TrainingOptions(device=torch.device("cpu"), **{"epochs": 3, **options})
-        dense = open_checkpoint(source or fixtures / "digits_mlp.safetensors")
-        return finetune(dense, task, method or Late(), out=tmp_path / out, plan=plan, options=chosen)
-
-    return call
+def late(from_dense):
+    run = from_dense(Late, epochs=3, out="late.safetensors")
+    return lambda plan=PLAN, **rest: run(plan, **rest)
 
 
 def test_the_plan_is_carried_out_and_what_it_makes_is_trained(late, tmp_path, fixtures):
@@ -112,13 +104,21 @@ def test_a_stopped_run_takes_what_it_had_compressed_and_ends_with_the_same_bytes
     assert result.output.sha256 == whole.sha256
 
 
-def test_the_start_of_another_plan_is_not_taken(late, tmp_path):
+def test_the_start_of_another_plan_is_not_taken(late, tmp_path, monkeypatch):
     workspace = tmp_path / ".late.safetensors.partial"
     workspace.mkdir()
     (workspace / "start-0123456789abcdef.safetensors").write_text("of another run")
-    (workspace / "start-x").symlink_to(tmp_path)
+    (workspace / "start-folder").mkdir()
+    (workspace / "start-link").symlink_to(tmp_path)
+    found = []
+
+    def watched(*arguments, **named):
+        found.extend(path.name for path in workspace.iterdir())
+        return compress(*arguments, **named)
+
+    monkeypatch.setattr("tcompress.training.starting.compress", watched)
     assert late().best_epoch >= 2
-    assert not workspace.exists()
+    assert found == ["lock"]
     assert tmp_path.is_dir()
 
 

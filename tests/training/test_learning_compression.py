@@ -27,11 +27,8 @@ from tcompress.training.factors import as_stored
 from tcompress.training.learning_compression import LearningCompression
 from tcompress.training.models import Models
 from tcompress.training.objective import Setup
-from tcompress.training.options import TrainingOptions
-from tcompress.training.tuning import finetune, needs_of, uses_of
 from tcompress.workflow.decoding import view
 from tcompress.workflow.plan import Plan, Rule, Target
-from tcompress.workflow.settings import Settings
 from tests.training.tasks import CNN, MLP, factors
 
 WRITTEN = [
@@ -69,21 +66,8 @@ def evaluate(model):
 
 
 @pytest.fixture
-def run(tmp_path, fixtures):
-    """Run the method from a dense fixture."""
-
-    def call(plan, method=None, *, text=MLP, source="digits_mlp.safetensors", out="l.safetensors", store=None, **more):
-        (tmp_path / "task.py").write_text(text)
-        method = method or LearningCompression()
-        task = package.load_task(str(tmp_path / "task.py"), needs_of(method), uses_of(method))
-        options = TrainingOptions(device=torch.device("cpu"), **{"epochs": 2, **more})
-        plan = plan if isinstance(plan, Plan) else plan_for(plan)
-        dense = open_checkpoint(fixtures / source)
-        return finetune(
-            dense, task, method, out=tmp_path / out, plan=plan, settings=Settings(store=store), options=options
-        )
-
-    return call
+def run(from_dense):
+    return from_dense(LearningCompression, epochs=2, out="l.safetensors")
 
 
 @pytest.fixture

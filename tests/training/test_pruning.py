@@ -23,9 +23,8 @@ from tcompress.runtime.packed import Packed, stored_in
 from tcompress.training.factors import as_stored
 from tcompress.training.models import Models
 from tcompress.training.objective import Setup
-from tcompress.training.options import TrainingOptions
 from tcompress.training.pruning import Prune, prune, sparsity
-from tcompress.training.tuning import finetune, needs_of, uses_of
+from tcompress.training.tuning import needs_of
 from tcompress.workflow.decoding import view
 from tcompress.workflow.plan import Plan, Rule, Target
 from tcompress.workflow.settings import Settings
@@ -46,21 +45,8 @@ SETTINGS = [
 
 
 @pytest.fixture
-def pruned(tmp_path, fixtures):
-    """Run the method from a dense fixture."""
-
-    def call(plan, method=None, *, text=MLP, source="digits_mlp.safetensors", out="p.safetensors", store=None, **more):
-        (tmp_path / "task.py").write_text(text)
-        method = method or Prune()
-        task = package.load_task(str(tmp_path / "task.py"), needs_of(method), uses_of(method))
-        options = TrainingOptions(device=torch.device("cpu"), **{"epochs": 3, **more})
-        plan = plan if isinstance(plan, Plan) else plan_for(plan)
-        dense = open_checkpoint(fixtures / source)
-        return finetune(
-            dense, task, method, out=tmp_path / out, plan=plan, settings=Settings(store=store), options=options
-        )
-
-    return call
+def pruned(from_dense):
+    return from_dense(Prune, epochs=3, out="p.safetensors")
 
 
 @pytest.fixture

@@ -23,9 +23,7 @@ from tcompress.formats.ttm import TTMatrix
 from tcompress.runtime.install import collect
 from tcompress.runtime.packed import held_in
 from tcompress.training.factors import as_stored, let_learn
-from tcompress.training.options import TrainingOptions
 from tcompress.training.scratch import FromScratch, draw
-from tcompress.training.tuning import finetune, needs_of, uses_of
 from tcompress.workflow.settings import Settings
 from tests.training.tasks import CNN, MLP
 
@@ -37,17 +35,8 @@ SIZES = {
 
 
 @pytest.fixture
-def scratch(tmp_path, fixtures):
-    def call(setting, text=MLP, source=None, out="scratch.safetensors", store=None, **options):
-        (tmp_path / "task.py").write_text(text)
-        method = FromScratch()
-        task = package.load_task(str(tmp_path / "task.py"), needs_of(method), uses_of(method))
-        chosen = TrainingOptions(device=torch.device("cpu"), **{"epochs": 2, **options})
-        dense = open_checkpoint(source or fixtures / "digits_mlp.safetensors")
-        plan, settings = plan_for(setting), Settings(store=store)
-        return finetune(dense, task, method, out=tmp_path / out, plan=plan, settings=settings, options=chosen)
-
-    return call
+def scratch(from_dense):
+    return from_dense(FromScratch, out="scratch.safetensors")
 
 
 class Three(nn.Module):
