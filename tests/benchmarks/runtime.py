@@ -66,8 +66,13 @@ _TOO_SLOW = 0.3  # seconds of one call of a peer, foreseen from one input: not m
 PEERS = {"ttm": "blocktt", "tt": "tt", "tucker": "tucker", "cp": "cp"}
 
 
-def seconds_each(calls: Sequence[Callable[[], object]], rounds: int, device: str) -> list[float]:
-    """Return the least time of each call over the rounds, in which all of them are timed in turn."""
+def times_in_turn(
+    calls: Sequence[Callable[[], object]], rounds: int, device: str, window: float = _WINDOW
+) -> list[list[float]]:
+    """Return the seconds of every call in every round; the order is turned round from one to the next.
+
+    window: the seconds that one measurement takes at least.
+    """
     found: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
@@ -77,13 +82,18 @@ def seconds_each(calls: Sequence[Callable[[], object]], rounds: int, device: str
         for times, call in in_turn if number % 2 else reversed(in_turn):
             call()  # what the one before it left in the caches is not to count
             count, start = 0, time.perf_counter()
-            while time.perf_counter() - start < _WINDOW or count < 1:
+            while time.perf_counter() - start < window or count < 1:
                 call()
                 count += 1
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - start) / count)
-    return [min(times) for times in found]
+    return found
+
+
+def seconds_each(calls: Sequence[Callable[[], object]], rounds: int, device: str) -> list[float]:
+    """Return the least time of each call over the rounds, in which all of them are timed in turn."""
+    return [min(times) for times in times_in_turn(calls, rounds, device)]
 
 
 def random_layer(dense: nn.Module, setting: Format, cache: str) -> Factorized:

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-from runtime import PEERS, peer, random_layer, settings, tltorch
+from runtime import PEERS, peer, random_layer, settings, times_in_turn, tltorch
 from torch import Tensor, nn
 
 from tcompress.training.factors import let_learn
@@ -67,26 +67,6 @@ def make_step(layer: nn.Module, x: Tensor, half: AbstractContextManager[object])
     return step
 
 
-def times_in_turn(steps: Sequence[Step], rounds: int, device: str) -> list[list[float]]:
-    """Return the seconds of every step in every round; the order is turned round from one to the next."""
-    found: list[list[float]] = [[] for _ in steps]
-    for step in steps:
-        step()
-        step()
-    for number in range(rounds):
-        in_turn = list(zip(found, steps, strict=True))
-        for times, step in in_turn if number % 2 else reversed(in_turn):
-            step()  # what the one before it left in the caches is not to count
-            count, started = 0, time.perf_counter()
-            while time.perf_counter() - started < _WINDOW or count < 1:
-                step()
-                count += 1
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - started) / count)
-    return found
-
-
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(times, others, strict=True))
 
@@ -119,7 +99,7 @@ def table(dense: nn.Module, texts: Sequence[str], x: Tensor, asked: argparse.Nam
         others = peer_steps(dense, name, setting, make)
         steps += others
         lines.append((text, name, own, range(own + 1, own + 1 + len(others))))
-    times = times_in_turn(steps, asked.rounds, asked.device)
+    times = times_in_turn(steps, asked.rounds, asked.device, _WINDOW)
     middle = [1e3 * statistics.median(each) for each in times]
     for text, name, own, others in lines:
         fastest = min(others, key=lambda number: middle[number], default=None)
