@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from tcompress.checkpoint.output import Output
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.unchanged import Witness
-from tcompress.errors import LimitError
 from tcompress.training.curves import Curves, check_tensorboard, curves_in
-from tcompress.training.engine import Engine, make_accelerator
-from tcompress.training.factors import as_stored
+from tcompress.training.engine import make_accelerator
 from tcompress.training.history import Row, write_history
 from tcompress.training.iterating import Iterate
-from tcompress.training.learner import make_learner
 from tcompress.training.methods import METHODS
-from tcompress.training.models import Models
 from tcompress.training.objective import Method
 from tcompress.training.options import TrainingOptions
-from tcompress.training.outcome import Best, NothingBetterError, Outcome, Round, Scored, Trained
+from tcompress.training.outcome import Round, Scored, Trained
 from tcompress.training.round_files import RoundFiles
-from tcompress.training.rounds import Course, check_rounds
-from tcompress.training.starting import check_start, has_rounds, is_started, opened_start
-from tcompress.training.state import SavedState
+from tcompress.training.rounds import Course, Tell, check_rounds
+from tcompress.training.starting import check_start, opened_start
+from tcompress.training.trainer import Trainer
 from tcompress.training.watching import Watch, unwatched
-from tcompress.version import __version__
 from tcompress.workflow.plan import Plan
-from tcompress.workflow.resaving import write_like
 from tcompress.workflow.results import Stored, describe, measure
 from tcompress.workflow.settings import Settings
 from tcompress.workflow.task import Task
@@ -45,7 +36,6 @@ if TYPE_CHECKING:
 
 _NEEDS = ("model", "evaluate")  # functions that a task must have for finetune(), beside the method's own
 USES = ("optimizer", "scheduler")  # and those that are used if there, beside the method's own
-_FREE = ("max_hours", "save_every", "device")  # options that two runs may differ in, and end alike
 
 
 @dataclass(frozen=True)
@@ -125,7 +115,7 @@ def finetune(
     inputs = [*files, *filter(None, [checkpoint.folder])]
     output = Output(out, is_folder=checkpoint.folder is not None, force=force, inputs=inputs)
     output.keeps_after_errors = True
-    trainer = _Trainer(accelerator, task, against, output, Witness.of(files), strip_prefix, watch)
+    trainer = Trainer(accelerator, task, against, output, Witness.of(files), strip_prefix, watch)
     with (
         _owned(output, accelerator),
         curves_in(tensorboard if accelerator.is_main_process else None) as curves,
@@ -136,18 +126,8 @@ def finetune(
                 write_history(history, rows)
             curves.rows(rows)
 
-        rounds: tuple[Round, ...] = ()
-        if isinstance(method, Iterate):
-            assert plan is not None, "check_start was called"  # noqa: S101
-            run = {**trainer.run_of(checkpoint, method, options), "plan": plan.to_json(), "store": str(settings.store)}
-            files_of_rounds, nbytes = RoundFiles(output, run), describe(checkpoint).nbytes
-            course = Course(checkpoint, nbytes, plan, settings, method, options, files_of_rounds, accelerator)
-            trained, rounds = course.go(partial(trainer.train, method.trainer), tell, curves)
-            nbytes = rounds[-1].nbytes_before
-        else:
-            with opened_start(output, checkpoint, plan, settings, accelerator) as start:
-                trained = trainer.train(method, start, options, tell, curves)
-                nbytes = describe(start).nbytes
+        job = _Job(trainer, checkpoint, plan, settings, method, options)
+        trained, rounds, nbytes = (job.in_rounds if isinstance(method, Iterate) else job.at_once)(tell, curves)
         if accelerator.is_main_process:
             output.commit()
         accelerator.wait_for_everyone()
@@ -174,68 +154,41 @@ def finetune(
 
 
 @dataclass(frozen=True)
-class _Trainer:
-    """Trains compressed checkpoints, all for one output. witness: of the files that must not change meanwhile."""
+class _Job:
+    """What is to be trained, and how: all at once, or in rounds. Both write the output's draft."""
 
-    accelerator: Accelerator
-    task: Task
-    against: Checkpoint | None
-    output: Output
-    witness: Witness
-    strip_prefix: str
-    watch: Watch
+    trainer: Trainer
+    checkpoint: Checkpoint
+    plan: Plan | None
+    settings: Settings
+    method: Method
+    options: TrainingOptions
 
-    def train(
-        self,
-        method: Method,
-        start: Checkpoint,
-        options: TrainingOptions,
-        tell: Callable[[Sequence[Row]], None],
-        curves: Curves,
-    ) -> Trained:
-        """Train a checkpoint, and write the draft of the output with the best values. Raises as ``finetune``."""
-        saved = SavedState(self.output.workspace, self.run_of(start, method, options))
-        self.output.is_worth_keeping = lambda: saved.exists() or has_rounds(self.output)
-        engine = Engine(self.accelerator, self.task, options, method.defaults, saved, tell, self.watch, curves)
-        models = Models(start, self.task, self.strip_prefix, self.accelerator.device)
-        learner = make_learner(models, engine, method, self.against)
-        self.output.is_worth_keeping = lambda: saved.exists() or is_started(self.output)
-        outcome = engine.train(learner.model, learner.objective)
-        best = _writable(outcome, self.output, self.task)
-        self.witness.require_unchanged()
-        scores: Mapping[str, float] = best.scores
-        if self.accelerator.is_main_process:
-            with as_stored(learner.model):
-                write_like(self.output, learner.model, start, strip_prefix=self.strip_prefix, against=self.against)
-            scores = engine.evaluate_alone(models.written(self.output.draft))
-        return Trained(
-            rows=outcome.rows,
-            best_epoch=best.epoch,
-            steps=outcome.steps,
-            seconds=outcome.seconds,
-            problem=outcome.problem,
-            dense=learner.dense,
-            before=learner.before or outcome.rows[0].scores,
-            after=scores,
-            notes=(*learner.objective.notes, *_notes(outcome, best, saved, learner.kept, scores)),
+    def at_once(self, tell: Tell, curves: Curves) -> tuple[Trained, tuple[Round, ...], int]:
+        """Train once. Return that, no rounds, and the bytes of what it started from."""
+        output, accelerator = self.trainer.output, self.trainer.accelerator
+        with opened_start(output, self.checkpoint, self.plan, self.settings, accelerator) as start:
+            trained = self.trainer.train(self.method, start, self.options, tell, curves)
+            return trained, (), describe(start).nbytes
+
+    def in_rounds(self, tell: Tell, curves: Curves) -> tuple[Trained, tuple[Round, ...], int]:
+        """Train round after round. Return all as one, each by itself, and the bytes of what the last started from."""
+        assert isinstance(self.method, Iterate), "others have no rounds"  # noqa: S101
+        assert self.plan is not None, "check_start was called"  # noqa: S101
+        run = self.trainer.run_of(self.checkpoint, self.method, self.options)
+        run |= {"plan": self.plan.to_json(), "store": str(self.settings.store)}
+        course = Course(
+            self.checkpoint,
+            describe(self.checkpoint).nbytes,
+            self.plan,
+            self.settings,
+            self.method,
+            self.options,
+            RoundFiles(self.trainer.output, run),
+            self.trainer.accelerator,
         )
-
-    def run_of(self, checkpoint: Checkpoint, method: Method, options: TrainingOptions) -> dict[str, Any]:
-        """Return what two runs must have in common to end with the same bytes."""
-        asked = {name: value for name, value in asdict(options).items() if name not in _FREE}
-        return {
-            "tcompress": __version__,
-            "torch": torch.__version__,
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "processes": self.accelerator.num_processes,
-            "device": str(self.accelerator.device),
-            "source": describe(checkpoint).sha256,
-            "against": None if self.against is None else describe(self.against).sha256,
-            "task": [self.task.spec, hashlib.sha256(self.task.path.read_bytes()).hexdigest()],
-            "method": [method.name, asdict(method)],
-            "options": asked,
-        }
+        trained, rounds = course.go(partial(self.trainer.train, self.method.trainer), tell, curves)
+        return trained, rounds, rounds[-1].nbytes_before
 
 
 def needs_of(method: Method) -> tuple[str, ...]:
@@ -258,31 +211,3 @@ def _owned(output: Output, accelerator: Accelerator) -> Iterator[None]:
     else:
         accelerator.wait_for_everyone()
         yield
-
-
-def _writable(outcome: Outcome, output: Output, task: Task) -> Best:
-    """Return the epoch that is written. Raises NumericalError and LimitError where there is none."""
-    best, problem = outcome.best, outcome.problem
-    if problem is not None and (best is None or best.epoch == 0):
-        output.is_worth_keeping = lambda: False  # the same steps would lead there again
-        raise NothingBetterError(problem, path=task.path)
-    if best is None:
-        why = f"ended at step {outcome.steps}, before the method had made what may be written"
-        raise LimitError(f"{why}; give it more time, with more --max-hours it goes on from there", path=task.path)
-    return best
-
-
-def _notes(
-    outcome: Outcome, best: Best, saved: SavedState, kept: Sequence[str], scores: Mapping[str, float]
-) -> tuple[str, ...]:
-    notes = [f"{name} stays as it is stored: it has no factorised form in this model" for name in kept]
-    if saved.restarted:
-        notes.append("what an unfinished run with other settings had left was thrown away")
-    if outcome.resumed_at is not None:
-        notes.append(f"went on from step {outcome.resumed_at} of a run that was stopped")
-    if best.epoch == 0:
-        notes.append("no epoch was better than the model before: its values are written as they were")
-    name, known = best.score
-    if scores.get(name) != known:
-        notes.append(f"what was written has {name} {scores.get(name)}, and had {known} while it was trained")
-    return tuple(notes)
