@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tcompress.checkpoint.layers import find_layers
 from tcompress.checkpoint.manifest import is_compressed
 from tcompress.checkpoint.opening import SAFETENSORS_SUFFIX, open_checkpoint
 from tcompress.checkpoint.output import Output
@@ -18,6 +19,7 @@ from tcompress.errors import UsageError
 from tcompress.training.objective import Method
 from tcompress.training.options import TrainingOptions
 from tcompress.workflow.compression import compress, run_of
+from tcompress.workflow.decoding import view
 from tcompress.workflow.plan import Plan
 from tcompress.workflow.results import describe
 from tcompress.workflow.settings import Settings
@@ -96,6 +98,17 @@ def opened_start(
     accelerator.wait_for_everyone()
     with open_checkpoint(path) as start:
         yield start
+
+
+def left_dense(checkpoint: Checkpoint, plan: Plan | None, start: Checkpoint) -> list[str]:
+    """Say which layers the plan speaks of and what it made has dense: they learn, and take the bytes they had."""
+    compressed = view(start).manifest.layers
+    rules = [] if plan is None else [(layer.name, plan.rule_for(layer.name)) for layer in find_layers(checkpoint)]
+    return [
+        f"{name} stays dense: {rule.format} does not make it smaller"
+        for name, rule in rules
+        if rule is not None and rule.format is not None and name not in compressed
+    ]
 
 
 def has_rounds(output: Output) -> bool:

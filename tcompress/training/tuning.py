@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from tcompress.training.options import TrainingOptions
 from tcompress.training.outcome import Round, Scored, Trained
 from tcompress.training.round_files import RoundFiles
 from tcompress.training.rounds import Course, Tell, check_rounds
-from tcompress.training.starting import check_start, opened_start
+from tcompress.training.starting import check_start, left_dense, opened_start
 from tcompress.training.trainer import Trainer
 from tcompress.training.watching import Watch, unwatched
 from tcompress.workflow.plan import Plan
@@ -169,7 +169,8 @@ class _Job:
         output, accelerator = self.trainer.output, self.trainer.accelerator
         with opened_start(output, self.checkpoint, self.plan, self.settings, accelerator) as start:
             trained = self.trainer.train(self.method, start, self.options, tell, curves)
-            return trained, (), describe(start).nbytes
+            notes = (*left_dense(self.checkpoint, self.plan, start), *trained.notes)
+            return replace(trained, notes=notes), (), describe(start).nbytes
 
     def in_rounds(self, tell: Tell, curves: Curves) -> tuple[Trained, tuple[Round, ...], int]:
         """Train round after round. Return all as one, each by itself, and the bytes of what the last started from."""

@@ -11,11 +11,13 @@ import tcompress as package
 from tcompress import compress, plan_for, verify
 from tcompress.checkpoint.opening import open_checkpoint
 from tcompress.errors import LimitError, UsageError
+from tcompress.formats.low_rank_sparse import LowRankSparse
 from tcompress.formats.svd import SVD
 from tcompress.runtime.install import collect
 from tcompress.training.finetuning import TaskLoss
 from tcompress.training.objective import Method, Objective, Setup
 from tcompress.training.options import Defaults
+from tcompress.workflow.plan import Target
 from tests.training.tasks import MLP
 
 PLAN = plan_for(SVD(rank=4))
@@ -120,6 +122,13 @@ def test_the_start_of_another_plan_is_not_taken(late, tmp_path, monkeypatch):
     assert late().best_epoch >= 2
     assert found == ["lock"]
     assert tmp_path.is_dir()
+
+
+def test_layers_that_the_plan_could_not_make_smaller_are_named(late):
+    found = late(plan_for(Target(LowRankSparse, {"rank": 8}, keep=0.2), exclude=["hidden.*"]))
+    notes = [note for note in found.notes if "stays dense" in note]
+    assert notes == ["output.weight stays dense: low-rank-sparse:rank=8:keep=0.2 does not make it smaller"]
+    assert not any("stays dense" in note for note in late(out="other.safetensors").notes)
 
 
 @pytest.mark.parametrize(
