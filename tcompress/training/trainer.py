@@ -17,6 +17,7 @@ from tcompress.training.curves import Curves
 from tcompress.training.engine import Engine
 from tcompress.training.factors import as_stored
 from tcompress.training.learner import make_learner
+from tcompress.training.loop import train
 from tcompress.training.models import Models
 from tcompress.training.objective import Method
 from tcompress.training.options import TrainingOptions
@@ -63,7 +64,7 @@ class Trainer:
         models = Models(start, self.task, self.strip_prefix, self.accelerator.device)
         learner = make_learner(models, engine, method, self.against)
         self.output.is_worth_keeping = lambda: saved.exists() or is_started(self.output)
-        outcome = engine.train(learner.model, learner.objective)
+        outcome = train(engine, learner.model, learner.objective)
         best = _writable(outcome, self.output, self.task)
         self.witness.require_unchanged()
         scores: Mapping[str, float] = best.scores
