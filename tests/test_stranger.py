@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -254,6 +255,15 @@ class StrangersFile:
             assert (codes.code, scale.code, scale.shape) == ("I8", "F32", (shape[0],))
             rows = places // prod(shape[1:])
             return codes.numbers.reshape(-1).astype(np.float32) * scale.numbers[rows]
+        if held == "int3":
+            assert (codes.code, codes.shape) == ("U8", (3, ceil(len(places) / 8)))
+            assert (scale.code, scale.shape) == ("F16", (1 + ceil(len(places) / 32),))
+            offset, *scales = scale.numbers.astype(np.float32)
+            bits = np.unpackbits(codes.numbers, axis=1, bitorder="little")
+            assert not bits[:, len(places) :].any()
+            sign, low, high = bits[:, : len(places)].astype(np.float32)
+            numbers = (low + 2 * high + offset) * (1 - 2 * sign)
+            return numbers * np.array(scales)[np.arange(len(places)) // 32]
         assert held == "int4"
         assert (codes.code, codes.shape) == ("U8", (ceil(len(places) / 2),))
         assert (scale.code, scale.shape) == ("F16", (ceil(len(places) / 32),))
@@ -271,6 +281,19 @@ class StrangersFile:
             bits = np.unpackbits(self.tensors.pop(f"{stem}.mask").numbers, bitorder="little")
             assert not bits[count:].any()
             return np.flatnonzero(bits)
+        if encoding.startswith("elias-fano:"):
+            low, written = int(encoding[11:]), self.tensors.pop(f"{stem}.positions")
+            assert written.code == "U8"
+            for k in range(count + 1):  # the one that the length and the high bits tell
+                rest = 0 if k == 0 else ceil((k + ((count - 1) >> low)) / 8)
+                rows, high = np.split(written.numbers, [len(written.numbers) - rest]) if rest else (written.numbers, [])
+                ones = np.flatnonzero(np.unpackbits(np.array(high, np.uint8), bitorder="little"))
+                if len(rows) == low * ceil(k / 8) and len(ones) == k:
+                    break
+            bits = np.unpackbits(rows.reshape(low, -1) if low else rows[None], axis=1, bitorder="little")
+            assert not bits[:, k:].any()
+            lower = [bits[at, :k].astype(int) * 2**at for at in range(low)]
+            return (ones - np.arange(k)) * 2**low + sum(lower, np.zeros(k, int))
         if encoding == "delta8":
             found, position = [], 0
             for gap in self.tensors.pop(f"{stem}.gaps").numbers.tolist():
@@ -372,12 +395,12 @@ CASES = [
     case("cnn-svd", "digits_cnn.safetensors", "--format svd --keep 0.3 --dtype bf16", "dense"),
     case("mlp-all-values", "digits_mlp.safetensors", "--format sparse:density=1 --dtype bf16", "dense"),
     case("bf16-svd", "digits_mlp_bf16.safetensors", "--format svd --rank 8", "dense"),
-    case("bf16-sparse", "digits_mlp_bf16.safetensors", "--format sparse:density=0.02", "delta8"),
+    case("bf16-sparse", "digits_mlp_bf16.safetensors", "--format sparse:density=0.02", "delta8", "elias-fano"),
     case("tied-svd", "digits_mlp_tied.pt", "--format svd --rank 8", "dense"),
-    case("nested-sparse", "digits_cnn.pt", "--format sparse:density=0.02 --dtype bf16", "delta8"),
+    case("nested-sparse", "digits_cnn.pt", "--format sparse:density=0.02 --dtype bf16", "delta8", "elias-fano"),
     case("shards-svd", "digits_mlp_sharded", "--format svd --rank 8 --max-shard-size 9KB", "dense"),
     case("tied-shards-sparse", "tied_folder", "--format sparse --keep 0.3 --max-shard-size 8KB", "bitmask"),
-    case("odd-sparse", "odd.safetensors", "--format sparse:density=0.01", "delta8"),
+    case("odd-sparse", "odd.safetensors", "--format sparse:density=0.01", "delta8", "elias-fano"),
     case("spatial", "layers.safetensors", "--format svd:rank=3:matricisation=spatial", "dense"),
     case("tt", "layers.safetensors", "--format tt:rank=3 --dtype bf16", "dense"),
     case("odd-tt", "odd.safetensors", "--format tt:rank=2:order=3", "dense"),
@@ -388,25 +411,36 @@ CASES = [
     case("folded-cp", "layers.safetensors", "--format cp:rank=3:order=2 --dtype bf16", "dense"),
     case("reshaped-sum", "layers.safetensors", "--format reshaped-sum:rank=2", "dense"),
     case("missing-term", "layers.safetensors", "--format reshaped-sum:ranks=0,3 --dtype bf16", "dense"),
-    case("sparse-product", "large.safetensors", "--format sparse-product:nonzeros=2:count=3", "dense", "delta8"),
-    case("csr", "thin.safetensors", "--format sparse:density=0.0005", "csr"),
+    case(
+        "sparse-product",
+        "large.safetensors",
+        "--format sparse-product:nonzeros=2:count=3",
+        "dense",
+        "delta8",
+        "elias-fano",
+    ),
+    case("thin-sparse", "thin.safetensors", "--format sparse:density=0.0005", "elias-fano"),
     case("2:4", "patterned.safetensors", "--format sparse:density=0.5 --dtype bf16", "2:4"),
     case("2:4-int8", "patterned.safetensors", "--format sparse:density=0.5 --dtype int8", "2:4 int8"),
     case("2:4-int4", "patterned.safetensors", "--format sparse:density=0.5 --dtype int4", "2:4 int4"),
+    case("2:4-int3", "patterned.safetensors", "--format sparse:density=0.5 --dtype int3", "2:4 int3"),
+    case("svd-int3", "layers.safetensors", "--format svd:rank=3 --dtype int3", "dense int3"),
+    case("sparse-int3", "large.safetensors", "--format sparse:density=0.4 --dtype int3", "bitmask int3"),
+    case("thin-int3", "large.safetensors", "--format sparse:density=0.1 --dtype int3", "elias-fano int3"),
     case("svd-int8", "layers.safetensors", "--format svd:rank=3 --dtype int8", "dense int8"),
     case("svd-int4", "layers.safetensors", "--format svd:rank=3 --dtype int4", "dense int4"),
     case("tucker-int4", "layers.safetensors", "--format tucker:rank=3:order=2 --dtype int4", "dense int4"),
     case("cp-int8", "layers.safetensors", "--format cp:rank=4 --dtype int8", "dense", "dense int8"),
     case("sparse-int8", "large.safetensors", "--format sparse:density=0.3 --dtype int8", "bitmask int8"),
-    case("sparse-int4", "odd.safetensors", "--format sparse:density=0.05 --dtype int4", "delta8 int4"),
+    case("sparse-int4", "odd.safetensors", "--format sparse:density=0.05 --dtype int4", "elias-fano int4"),
     case("joint-int4", "groups_folder", "--format joint:ranks=4,3,3 --include fc* --dtype int4", "dense"),
-    case("lrs", "large.safetensors", "--format low-rank-sparse:rank=3:density=0.2", "dense", "bitmask"),
+    case("lrs", "large.safetensors", "--format low-rank-sparse:rank=3:density=0.2", "dense", "elias-fano"),
     case(
         "lrs-tt",
         "layers.safetensors",
         "--format low-rank-sparse:low_rank=tt:rank=2:rounds=5 --dtype bf16",
         "dense",
-        "delta8",
+        "elias-fano",
     ),
     case(
         "lrs-masking",
@@ -420,7 +454,7 @@ CASES = [
         "large.safetensors",
         "--format low-rank-sparse:rank=9:density=0.05 --dtype int4",
         "dense int4",
-        "delta8 int4",
+        "elias-fano int4",
     ),
     case("lrs-sparse", "large.safetensors", "--format low-rank-sparse:rank=0:density=0.3", "bitmask"),
     case("shuffled", "layers.safetensors", "--format shuffled:inner=tt:inner.order=2:rank=3:seed=7", "dense"),
@@ -595,8 +629,11 @@ def assert_rounded_up(stated, exact, slack):
 
 
 def name_of(described):
-    """The encoding, and the codes that stand for its values."""
-    return described if described == "dense" else " ".join([described["encoding"], described.get("values", "")]).strip()
+    """The encoding, without the number that the page writes as l, and the codes that stand for its values."""
+    if described == "dense":
+        return described
+    encoding = re.sub("^(elias-fano):.*", r"\1", described["encoding"])
+    return " ".join([encoding, described.get("values", "")]).strip()
 
 
 @every_case
@@ -708,7 +745,7 @@ def test_factors_have_the_shapes_of_the_page_and_sparse_ones_the_smallest_encodi
     for file in run.files:
         for name, entry in file.manifest["layers"].items():
             asked = run.case.options.partition("--dtype ")[2].split(" ")[0]
-            stored_as = {"bf16": "BF16", "int8": "F32", "int4": "F32"}.get(asked, CODE[entry["dtype"]])
+            stored_as = {"bf16": "BF16", "int8": "F32", "int4": "F32", "int3": "F32"}.get(asked, CODE[entry["dtype"]])
             described = {factor: (f"{name}.{factor}", how) for factor, how in entry["factors"].items()}
             if "group" in entry:
                 shared = file.manifest["shared"][entry["group"]].items()
@@ -738,6 +775,7 @@ def assert_smallest(factor, described, parts):
     costs = {
         "dense": m * n * s,
         "bitmask": k * s + ceil(m * n / 8),
+        "elias-fano": k * s + min(low * ceil(k / 8) + ceil((k + ((m * n - 1) >> low)) / 8) for low in range(40)),
         "delta8": k * (s + 1) + sum(gap // 255 for gap in gaps(factor)),
         "csr": k * (s + (2 if n <= 65536 else 4)) + 8 * (m + 1),
     }
@@ -748,8 +786,9 @@ def assert_smallest(factor, described, parts):
             bits = ceil(np.log2(comb(width, most)))
             costs[f"{most}:{width}"] = m * n // width * most * s + ceil(m * n // width * bits / 8)
     encoding = described if described == "dense" else described["encoding"]
-    assert encoding == min(costs, key=costs.__getitem__)
-    assert sum(len(part.data) for part in parts.values()) == costs[encoding]
+    kind = encoding.split(":")[0] if encoding.startswith("elias-fano") else encoding
+    assert kind == min(costs, key=costs.__getitem__)
+    assert sum(len(part.data) for part in parts.values()) == costs[kind]
 
 
 def gaps(tensor):

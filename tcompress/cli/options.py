@@ -66,7 +66,7 @@ DTypeName = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="Store factors as bf16, fp16, fp32, int8 or int4 (codes with scales); default: each layer's own type.",
+        help="Store factors as bf16, fp16, fp32, int8, int4 or int3 (codes with scales); default: the layer's own.",
         metavar="TYPE",
     ),
 ]
@@ -137,7 +137,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | 
     "GIB": 1 << 30,
     "TIB": 1 << 40,
 }
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8", "int4": "int4"}
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8", "int4": "int4", "int3": "int3"}
 
 
 def parse_size(text: str | None, option: str) -> int | None:

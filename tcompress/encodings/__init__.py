@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from tcompress.encodings.base import INT4, Coding, FactorSpec, PartSpec, Support, Values, value_type
+from tcompress.encodings.base import INT3, INT4, Coding, FactorSpec, Levels, PartSpec, Support, Values, value_type
 from tcompress.encodings.choice import ENCODINGS, VALUES, cheapest, cheapest_bytes, find, measured
 
 __all__ = [
     "ENCODINGS",
+    "INT3",
     "INT4",
     "VALUES",
     "Coding",
     "FactorSpec",
+    "Levels",
     "PartSpec",
     "Support",
     "Values",

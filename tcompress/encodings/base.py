@@ -21,7 +21,8 @@ from tcompress.errors import InputError
 # handed to NumPy, which has no bfloat16.
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # a marker that torch has without saying so
-CODED = (torch.int8, INT4)  # stored types that stand for codes with scales
+INT3: torch.dtype = torch.int3  # type: ignore[attr-defined]  # the same
+CODED = (torch.int8, INT4, INT3)  # stored types that stand for codes with scales
 
 # Takes the stored values, in their order, out of any tensor of the factor's shape; and puts them back between zeros.
 Select = Callable[[Tensor], Tensor]
@@ -45,7 +46,7 @@ class PartSpec:
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """Shape and stored type of a factor; the types int8 and int4 stand for codes with scales.
+    """Shape and stored type of a factor; the types int8, int4 and int3 stand for codes with scales.
 
     nonzeros: None for factors without zeros worth leaving out. skips: bytes of delta8 that hold no value; None where
     only a bound is known. pattern: (n, m), with at most n nonzeros in every m neighbours of a row.
@@ -61,6 +62,19 @@ class FactorSpec:
     def values(self) -> int:
         """Number of elements, zeros included."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The values that codes can stand for: sign(c) * (|c| - shift) steps, for whole c from ``least`` to ``most``."""
+
+    least: int
+    most: int
+    shift: float = 0.0
+
+    def codes(self, multiples: Tensor) -> Tensor:
+        """Return the codes nearest to values that are given as multiples of their steps, 0 for those that are 0."""
+        return multiples.sign() * (multiples.abs() + self.shift).round()
 
 
 class Support(ABC):
@@ -124,6 +138,14 @@ class Values(ABC):
         """Return the parts with other codes, whole numbers in the shape of the stored values, and the same scales."""
         raise NotImplementedError(f"values as {self.name or 'they are'} have no codes")
 
+    def levels(self, parts: Mapping[str, Tensor]) -> Levels:
+        """Return what the codes of these parts can stand for."""
+        raise NotImplementedError(f"values as {self.name or 'they are'} have no codes")
+
+    def single_steps(self, parts: Mapping[str, Tensor], stored: tuple[int, ...]) -> Mapping[str, Tensor]:
+        """Return parts that stand for one step at each place of the stored values."""
+        return self.recoded(parts, torch.ones(stored, dtype=torch.int8))
+
 
 @dataclass(frozen=True)
 class Coding:
@@ -178,8 +200,11 @@ class Coding:
     def steps(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """Return for each element the step that its code counts, 0 where none is stored; for values held as codes."""
         stored, place = self.support.decode(parts, shape)
-        ones = self.held.recoded(parts, torch.ones(stored, dtype=torch.int8))
-        return self.held.decode(ones, shape, stored, place)
+        return self.held.decode(self.held.single_steps(parts, stored), shape, stored, place)
+
+    def levels(self, parts: Mapping[str, Tensor]) -> Levels:
+        """Return which multiples of these steps the codes can stand for."""
+        return self.held.levels(parts)
 
     def recoded(self, parts: Mapping[str, Tensor], codes: Tensor) -> dict[str, Tensor]:
         """Return the parts with other codes in the same places; codes: of the factor's shape, whole numbers."""
@@ -198,8 +223,9 @@ class Coding:
         size depends on the parts' contents, so torch.compile and torch.export trace it whole. Gradients flow to values
         as they are; a plain tensor comes back itself.
 
-        Beside the factor this takes a byte for each element, for int8 on a support two, and for int4 on a support its
-        values in float32. Positions take 8 bytes for each stored value of csr and up to 24 of delta8. On CUDA
+        Beside the factor this takes a byte for each element, for int8 on a support two, for int4 on a support its
+        values in float32, and for int3 up to 28 bytes for each stored value. Positions take 8 bytes for each stored
+        value of csr, up to 24 of delta8, and up to 120 of elias-fano. On CUDA
         masked_scatter takes another 8 bytes for each element of bitmask and n:m.
         """
         parts = self._own(parts)

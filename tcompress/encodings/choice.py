@@ -16,16 +16,18 @@ from tcompress.encodings.bitmask import Bitmask
 from tcompress.encodings.csr import CSR
 from tcompress.encodings.delta8 import SKIP, Delta8, gaps_between
 from tcompress.encodings.dense import Dense
+from tcompress.encodings.elias_fano import MOST_LOW, NAME, EliasFano, best_low_bits
+from tcompress.encodings.int3 import Int3
 from tcompress.encodings.int4 import Int4
 from tcompress.encodings.int8 import Int8
 from tcompress.encodings.masks import BITS_SET
 from tcompress.encodings.n_of_m import MOST, NOfM
 from tcompress.encodings.plain import Plain
 
-# The supports; beside them there is n:m for every n < m <= 16. Values as they are stand first, then the supports in
-# this order, then n:m: at equal bytes the earlier coding is taken.
+# The supports; beside them there is elias-fano:l for every l <= 48, and n:m for every n < m <= 16. Values as they are
+# stand first, then the supports in this order, then elias-fano, then n:m: at equal bytes the earlier coding is taken.
 ENCODINGS: dict[str, Support] = {support.name: support for support in (Dense(), Bitmask(), Delta8(), CSR())}
-VALUES: dict[str | None, Values] = {values.name: values for values in (Plain(), Int8(), Int4())}
+VALUES: dict[str | None, Values] = {values.name: values for values in (Plain(), Int8(), Int4(), Int3())}
 
 _THINNEST_MASK = 0.2  # from here on a bitmask is never larger than delta8: no need to count its skips
 _WIDTHS = (4, 8, 16)  # of the groups in which a pattern is looked for
@@ -37,6 +39,8 @@ def find(encoding: str, values: str | None = None) -> Coding | None:
     if support is None and (found := re.fullmatch("([1-9][0-9]?):([1-9][0-9]?)", encoding, re.ASCII)):
         n, m = int(found[1]), int(found[2])
         support = NOfM(n, m) if n < m <= MOST else None
+    if support is None and (found := re.fullmatch(f"{NAME}:(0|[1-9][0-9]?)", encoding, re.ASCII)):
+        support = EliasFano(int(found[1])) if int(found[1]) <= MOST_LOW else None
     return None if support is None or values not in VALUES else Coding(support, VALUES[values])
 
 
@@ -65,7 +69,11 @@ def measured(factor: Tensor, dtype: torch.dtype) -> FactorSpec:
 
 
 def _codings(factor: FactorSpec) -> Iterator[Coding]:
-    supports = [*ENCODINGS.values(), *([] if factor.pattern is None else [NOfM(*factor.pattern)])]
+    supports = list(ENCODINGS.values())
+    if factor.nonzeros is not None:
+        supports.append(EliasFano(best_low_bits(factor.values, factor.nonzeros)))
+    if factor.pattern is not None:
+        supports.append(NOfM(*factor.pattern))
     for values in VALUES.values():
         for support in supports:
             yield Coding(support, values)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tcompress.encodings.base import INT4, FactorSpec, PartSpec, Place, Select, Values, require
+from tcompress.encodings.base import INT4, FactorSpec, Levels, PartSpec, Place, Select, Values, require
 from tcompress.errors import NumericalError
 
 GROUP = 32
@@ -75,6 +75,10 @@ class Int4(Values):
         values.view(np.int64).reshape(-1)[: packed.size] = _PAIRS[packed]
         values *= scale.numpy().astype(np.float32)[:, None]
         return place(torch.from_numpy(values).reshape(-1)[:count])
+
+    def levels(self, parts: Mapping[str, Tensor]) -> Levels:
+        del parts
+        return Levels(LEAST, MOST)
 
     def recoded(self, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
         return {**parts, "codes": _packed(codes.reshape(-1).to(torch.int8))}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tcompress.encodings.base import FactorSpec, PartSpec, Place, Select, Values, require
+from tcompress.encodings.base import FactorSpec, Levels, PartSpec, Place, Select, Values, require
 from tcompress.errors import NumericalError
 
 LARGEST = 127
@@ -55,6 +55,10 @@ class Int8(Values):
         sound = bool(scale.isfinite().all()) and not bool((scale < 0).any())
         require(sound, "has scales that are negative or not finite")
         return _scaled(place(codes), scale)
+
+    def levels(self, parts: Mapping[str, Tensor]) -> Levels:
+        del parts
+        return Levels(-LARGEST, LARGEST)
 
     def recoded(self, parts: Mapping[str, Tensor], codes: Tensor) -> Mapping[str, Tensor]:
         return {**parts, "codes": codes.to(torch.int8)}

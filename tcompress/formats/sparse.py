@@ -61,7 +61,9 @@ class Sparse(Format):
     method: str = "magnitude"
 
     name: ClassVar[str] = "sparse"
-    summary: ClassVar[str] = "magnitude pruning, free or n:m; stored as bitmask, gaps or pattern, whichever is smallest"
+    summary: ClassVar[str] = (
+        "magnitude pruning, free or n:m; stored as bitmask, Elias-Fano or pattern, whichever is smallest"
+    )
     rebuild: ClassVar[str] = "matrix.reshape(shape)"
     reference: ClassVar[str] = (
         "LeCun et al. 1990; Han et al. 2015; Hawkins et al. 2021, section 2.3; surgeon: Frantar & Alistarh 2023"

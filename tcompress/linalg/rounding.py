@@ -18,14 +18,22 @@ _BLOCK = 64  # columns whose part in P is brought up to date at once for all tha
 
 
 def descend_on_grid(
-    target: Tensor, start: Tensor, step: Tensor, bounds: tuple[int, int], gram: Tensor, *, passes: int
+    target: Tensor,
+    start: Tensor,
+    step: Tensor,
+    bounds: tuple[int, int],
+    gram: Tensor,
+    *,
+    passes: int,
+    shift: float = 0.0,
 ) -> Tensor:
     """Return values on the same grids as ``start`` with a smaller tr((T - Q) G (T - Q)T), never a larger one.
 
     target, start: (m, n). step: (m, n), zero where an entry stays as it is; others become no zeros, which would not be
-    stored. bounds: least and largest multiple of the step. gram: (n, n), or its diagonal (n,), for which each entry is
-    by itself. Computed in the type of ``target``.
+    stored. bounds: least and largest code c; its point is sign(c) * (|c| - shift) steps, shift at most 1. gram: (n, n),
+    or its diagonal (n,), for which each entry is by itself. Computed in the type of ``target``.
     """
+    smallest = 1 if shift < 1 else 2  # code that is no zero
     found = start.to(target).clone()
     step = step.to(target)
     free = step != 0
@@ -43,9 +51,10 @@ def descend_on_grid(
                 j = begin + at
                 wanted = found[:, j] + own[:, at] / weights[j]
                 count = wanted / divisor[:, j]
-                code = count.round().clamp_(*bounds)
-                code = torch.where(code == 0, torch.where(count < 0, -1.0, 1.0), code)
-                point = torch.where(free[:, j], code * step[:, j], found[:, j])
+                sign = torch.where(count < 0, -1.0, 1.0).to(count)
+                code = (count.abs() + shift).round().clamp_min(smallest)
+                code = torch.where(count < 0, code.clamp_max(-bounds[0]), code.clamp_max(bounds[1]))
+                point = torch.where(free[:, j], sign * (code - shift) * step[:, j], found[:, j])
                 own.addr_(point - found[:, j], whole[j, columns], alpha=-1)
                 found[:, j] = point
             pull.addmm_(found[:, columns] - before, whole[columns], alpha=-1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tcompress.checkpoint.layers import Layer
-from tcompress.encodings import INT4
+from tcompress.encodings import INT3, INT4
 from tcompress.formats import FORMATS, Format
 from tcompress.formats.grouped import GroupFormat
 from tcompress.formats.metric import PLAIN, Metric
@@ -42,7 +42,7 @@ def default_types(layer: Layer) -> list[torch.dtype]:
     own = layer.dtype.torch
     assert own is not None, "layers are of floating types"  # noqa: S101
     half = torch.bfloat16 if own == torch.bfloat16 else torch.float16
-    return list(dict.fromkeys([INT4, torch.int8, half, own]))
+    return list(dict.fromkeys([INT3, INT4, torch.int8, half, own]))
 
 
 def curve_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from tcompress.checkpoint.dtypes import BY_TORCH
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.manifest import WIDEST, Entry, Factor, compact_json, shared_stem
 from tcompress.checkpoint.writer import Piece
-from tcompress.encodings import FactorSpec, cheapest
+from tcompress.encodings import FactorSpec, cheapest, cheapest_bytes
 from tcompress.formats import Format
 
 _PER_DIGEST = 22  # base64 of 16 bytes
@@ -101,7 +102,7 @@ def is_exact(spec: FactorSpec, nonzeros: int | None) -> bool:
         return True
     has_zeros = nonzeros is not None and nonzeros <= _FULLEST_PATTERN * spec.values
     may_gain = has_zeros and spec.pattern is None
-    return not may_gain and (cheapest(spec).name != "delta8" or spec.skips is not None)
+    return not may_gain and (spec.skips is not None or cheapest_bytes(replace(spec, skips=0)) == cheapest_bytes(spec))
 
 
 def _described_bytes(pieces: list[Piece]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tcompress.encodings import INT4
+from tcompress.encodings import Levels
 from tcompress.formats import Format
 from tcompress.formats.base import matrix_of
 from tcompress.formats.metric import Metric
@@ -16,7 +16,6 @@ from tcompress.linalg.rounding import descend_on_grid
 from tcompress.workflow.stored import StoredFactor, rebuild
 
 _PASSES = 2
-_BOUNDS = {INT4: (-8, 7), torch.int8: (-127, 127)}
 
 
 def rounded_for_output(
@@ -35,16 +34,18 @@ def rounded_for_output(
     whole = _rebuilt(stored, setting, target)
     around = matrix_of(whole) - factor.values.to(target)
     steps = factor.coding.steps(factor.parts, tuple(factor.values.shape))
-    free = _free(factor.values, steps, factor.spec.dtype)
+    levels = factor.coding.levels(factor.parts)
+    free = _free(factor.values, steps, levels)
     found = descend_on_grid(
         matrix_of(target) - around,
         factor.values.to(target),
         free.to(target),
-        _BOUNDS[factor.spec.dtype],
+        (levels.least, levels.most),
         on.gram,
         passes=_PASSES,
+        shift=levels.shift,
     ).cpu()
-    codes = torch.where(steps == 0, 0, found / torch.where(steps == 0, 1, steps)).round()
+    codes = levels.codes(_multiples(found, steps))
     parts = factor.coding.recoded(factor.parts, codes)
     values = factor.coding.decode(parts, tuple(factor.values.shape))
     changed = {**stored, name: replace(factor, parts=parts, values=values)}
@@ -52,14 +53,17 @@ def rounded_for_output(
     return changed if gains else dict(stored)
 
 
-def _free(values: Tensor, steps: Tensor, store: torch.dtype) -> Tensor:
+def _multiples(values: Tensor, steps: Tensor) -> Tensor:
+    return torch.where(steps == 0, 0, values / torch.where(steps == 0, 1, steps))
+
+
+def _free(values: Tensor, steps: Tensor, levels: Levels) -> Tensor:
     """Return the steps of values that may change, else 0: zeros stay zeros, and the largest codes what they are.
 
     By these the scales are found again when the values are encoded once more.
     """
-    least, most = _BOUNDS[store]
-    codes = torch.where(steps == 0, 0, values / torch.where(steps == 0, 1, steps)).round()
-    return torch.where((codes == 0) | (codes <= least) | (codes >= most), 0, steps)
+    codes = levels.codes(_multiples(values, steps))
+    return torch.where((codes == 0) | (codes <= levels.least) | (codes >= levels.most), 0, steps)
 
 
 def _rebuilt(stored: Mapping[str, StoredFactor], setting: Format, target: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from tcompress.checkpoint.output import Output
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.shards import Contents, Layout
 from tcompress.checkpoint.writer import Piece
-from tcompress.encodings import INT4
 from tcompress.errors import NumericalError, UsageError
 from tcompress.formats.grouped import GroupFormat
 from tcompress.linalg.distance import compare
@@ -34,9 +33,8 @@ from tcompress.workflow.layout import described, entry_of, stored_name
 from tcompress.workflow.matching import Place, places_in
 from tcompress.workflow.reading import fingerprint_of
 from tcompress.workflow.results import Stored, measure
+from tcompress.workflow.settings import STORED_TYPES
 from tcompress.workflow.stored import StoredFactor
-
-_CODES = {"int8": torch.int8, "int4": INT4}
 
 
 def save_compressed(
@@ -131,7 +129,7 @@ def type_of(held: nn.Parameter | Packed) -> torch.dtype:
     if not isinstance(held, Packed):
         return held.dtype
     name = held.coding.values
-    return held().dtype if name is None else _CODES[name]
+    return held().dtype if name is None else STORED_TYPES[name]
 
 
 def _apart(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tcompress.checkpoint.layers import Layer
-from tcompress.encodings import INT4
+from tcompress.encodings import INT3, INT4
 
 CPU = torch.device("cpu")
 # The types that factors are stored in, by their names on the command line and in plans.
@@ -18,6 +18,7 @@ STORED_TYPES: dict[str, torch.dtype] = {
     "fp64": torch.float64,
     "int8": torch.int8,
     "int4": INT4,
+    "int3": INT3,
 }
 TYPE_NAMES = {dtype: name for name, dtype in STORED_TYPES.items()}
 

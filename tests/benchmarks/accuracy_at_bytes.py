@@ -9,9 +9,9 @@ the DECOMPRESSED file's weights, by the model's file in tasks/. Nothing is train
 
 planner              compress --keep X --task TASK, as a command in a process of its own
 planner-no-task      compress --keep X
-svd, tt, ...         compress --format F --keep X, and the same with --dtype int8 and int4: the best of the three that
-                     keep to the bytes. Layers on which nothing fits stay dense: a row that takes more than was asked
-                     is marked, and is then the one of the three with the fewest bytes
+svd, tt, ...         compress --format F --keep X, and with --dtype int8, int4 and int3 as well: the best of the four
+                     that keep to the bytes. Layers on which nothing fits stay dense: a row that takes more than was
+                     asked is marked, and is then the one of the four with the fewest bytes
 global               compress --format sparse --global --keep X
 dense                int8 and fp16, whose size is what it is
 tensorly-...         partial_tucker over outputs and inputs, parafac or tensor_train of each weight as it is, at the
@@ -54,7 +54,7 @@ TASKS = Path(__file__).parent / "tasks"
 FRACTIONS = "0.5,0.25,0.125,0.08,0.0625,0.04"
 FORMATS = ("svd", "tt", "ttm", "tucker", "sparse", "low-rank-sparse")
 SLOW = ("cp", "sparse-product")
-TYPES = {"": [], "int8": ["--dtype", "int8"], "int4": ["--dtype", "int4"]}  # "" is each layer's own
+TYPES = {"": [], **{name: ["--dtype", name] for name in ("int8", "int4", "int3")}}  # "" is each layer's own
 LOWER_IS_BETTER = "nats_per_token"
 _SLACK = 5e-4  # of the dense bytes: a row within it keeps to what was asked
 

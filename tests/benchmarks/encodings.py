@@ -14,9 +14,13 @@ from collections.abc import Callable
 import torch
 
 from tcompress.encodings import find
+from tcompress.encodings.elias_fano import best_low_bits
 from tcompress.linalg.magnitude import keep_in_groups, keep_largest
 
-CODINGS = [("bitmask", None), ("csr", None), ("delta8", None), ("bitmask", "int8"), ("bitmask", "int4"), ("2:4", None)]
+CODINGS = [
+    ("bitmask", None), ("elias-fano", None), ("csr", None), ("delta8", None),
+    ("bitmask", "int8"), ("bitmask", "int4"), ("bitmask", "int3"), ("elias-fano", "int3"), ("2:4", None),
+]  # fmt: skip
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,14 +47,17 @@ def main() -> None:
             for encoding, values in CODINGS:
                 if encoding == "2:4" and density != 0.5:
                     continue
-                coding = find(encoding, values)
-                assert coding is not None
                 kept = (
                     keep_in_groups(dense, 2, 4)
                     if ":" in encoding
                     else keep_largest(dense, int(density * dense.numel()))
                 )
                 factor = kept.to(torch.float32 if values else dtype)
+                stored_name = encoding
+                if encoding == "elias-fano":
+                    stored_name += f":{best_low_bits(factor.numel(), int(factor.count_nonzero()))}"
+                coding = find(stored_name, values)
+                assert coding is not None
                 clone = clock(lambda f=factor: f.clone())
                 parts = coding.encode(factor)
                 encode = clock(lambda c=coding, f=factor: c.encode(f), 2)

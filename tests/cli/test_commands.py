@@ -147,7 +147,7 @@ USAGE = {
     "unknown option": (["--format", "svd:rang=2"], "svd: has no option rang; it has rank, seed"),
     "no such layer": (["--format", "svd", "--rank", "2", "--include", "x*"], "no layer matches x*; there are"),
     "keep of two": (["--format", "svd", "--keep", "2"], "Invalid value for '--keep'"),
-    "dtype": (["--format", "svd", "--rank", "2", "--dtype", "int3"], "--dtype: 'int3' is none of bf16, fp16, fp32"),
+    "dtype": (["--format", "svd", "--rank", "2", "--dtype", "int2"], "--dtype: 'int2' is none of bf16, fp16, fp32"),
     "device": (["--format", "svd", "--rank", "2", "--device", "abacus"], "--device: 'abacus' is none of auto, cpu"),
     "size": (["--format", "svd", "--rank", "2", "--max-bytes", "lots"], "--max-bytes: 'lots' is no size"),
     "suffix": (

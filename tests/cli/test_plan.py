@@ -49,7 +49,7 @@ def test_one_budget_is_enough(tcompress, dense):
     assert (done.code, done.err) == (0, "")
     document = json.loads(done.out)
     assert sum(layer["stored_bytes"] for layer in document["layers"]) <= 0.1 * (128 * 128 + 128 * 64 + 10 * 128) * 4
-    assert {layer["stored_dtype"] for layer in document["layers"]} <= {"int4", "int8", "fp16", "fp32", None}
+    assert {layer["stored_dtype"] for layer in document["layers"]} <= {"int3", "int4", "int8", "fp16", "fp32", None}
     assert tcompress("verify", "s.safetensors", "--against", dense).code == 0
 
 

@@ -10,7 +10,7 @@ from tcompress.encodings import FactorSpec, find, measured
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-CODED = {"int8": torch.int8, "int4": torch.int4}
+CODED = {"int8": torch.int8, "int4": torch.int4, "int3": torch.int3}
 SHAPES = {
     "square": (16, 16),
     "wide": (5, 40),
@@ -25,7 +25,7 @@ SHAPES = {
     "65537 columns": (1, 65537),
 }
 DENSITIES = (0.0, None, 0.05, 0.5, 1.0)  # None: a single value
-NAMES = ("dense", "bitmask", "delta8", "csr", "4:5", "2:4", "4:8", "15:16")
+NAMES = ("dense", "bitmask", "elias-fano:0", "elias-fano:3", "delta8", "csr", "4:5", "2:4", "4:8", "15:16")
 
 
 def bits(tensor):
@@ -62,7 +62,7 @@ def numbers(shape, density, seed=0):
 def spec_of(factor, dtype, name):
     """What there is to know of a factor, with the pattern that a name n:m asks for."""
     known = measured(factor, dtype)
-    pattern = tuple(map(int, name.split(":"))) if ":" in name else None
+    pattern = tuple(map(int, name.split(":"))) if name[:1].isdigit() else None
     skips = int((torch.from_numpy(gaps(factor)) // 255).sum())
     return FactorSpec(known.shape, dtype, known.nonzeros, skips, pattern)
 
@@ -74,7 +74,7 @@ def gaps(factor):
 
 def holds(factor, name):
     """Whether a factor has the pattern n:m; any factor has where there is none in the name."""
-    if ":" not in name:
+    if not name[:1].isdigit():
         return name != "csr" or factor.ndim == 2
     n, m = map(int, name.split(":"))
     if factor.shape[-1] % m:

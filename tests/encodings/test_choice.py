@@ -16,15 +16,23 @@ from tests.encodings.factors import CODED, DTYPES, numbers
 STORED = (*DTYPES, *CODED.values())
 
 
+def positions(elements, k):
+    """The bits of k positions that stand as they are, and the bytes of these and of the others in unary."""
+    found = [low * -(-k // 8) + -(-(k + ((elements - 1) >> low)) // 8) if k else 0 for low in range(34)]
+    return found.index(min(found)), min(found)
+
+
 def costs(shape, dtype, k, skips=None, pattern=None):
     """The bytes of every coding, by its names, in the order of the table."""
     (rows, columns), elements = shape, math.prod(shape)
+    low, halves = positions(elements, k)
     gaps = k + ((elements - k) // 255 if k else 0) if skips is None else k + skips
     places = {
         "dense": (elements, 0),
         "bitmask": (k, -(-elements // 8)),
         "delta8": (k, gaps),
         "csr": (k, k * (2 if columns <= 65536 else 4) + 8 * (rows + 1)),
+        f"elias-fano:{low}": (k, halves),
     }
     if pattern is not None:
         n, m = pattern
@@ -34,6 +42,9 @@ def costs(shape, dtype, k, skips=None, pattern=None):
         found |= {(name, "int8"): v + 4 * rows + beside for name, (v, beside) in places.items()}
     if dtype == torch.int4:
         found |= {(name, "int4"): -(-v // 2) + 2 * -(-v // 32) + beside for name, (v, beside) in places.items()}
+    if dtype == torch.int3:
+        bytes3 = {name: 3 * -(-v // 8) + 2 * -(-v // 32) + 2 + beside for name, (v, beside) in places.items()}
+        found |= {(name, "int3"): nbytes for name, nbytes in bytes3.items()}
     return found
 
 
@@ -86,22 +97,28 @@ def test_bytes_before_the_fit_are_a_bound_and_exact_once_the_factor_is_measured(
     [
         ((64, 64), torch.float32, None, ("dense", None)),
         ((64, 64), torch.float32, 4096, ("dense", None)),
-        ((64, 64), torch.float32, 1000, ("bitmask", None)),
-        ((64, 64), torch.float32, 100, ("delta8", None)),
+        ((64, 64), torch.float32, 1100, ("bitmask", None)),
+        ((64, 64), torch.float32, 1000, ("elias-fano:2", None)),
+        ((64, 64), torch.float32, 100, ("elias-fano:5", None)),
         ((64, 64), torch.float32, 0, ("delta8", None)),
-        ((8, 4096), torch.float32, 3, ("csr", None)),
+        ((8, 4096), torch.float32, 3, ("elias-fano:11", None)),
         ((64, 64), torch.int8, None, ("dense", "int8")),
-        ((64, 64), torch.int4, 1000, ("bitmask", "int4")),
+        ((64, 64), torch.int4, 1100, ("bitmask", "int4")),
         ((64, 1), torch.int8, None, ("dense", None)),
         ((64,), torch.int8, None, ("dense", None)),
         ((64,), torch.int4, None, ("dense", None)),
-        ((4, 4, 64), torch.int4, 80, ("delta8", "int4")),
+        ((4, 4, 64), torch.int4, 80, ("elias-fano:3", "int4")),
         ((3, 5, 7), torch.float32, 40, ("bitmask", None)),
     ],
 )
 def test_the_cheapest_coding_of_a_known_factor(shape, dtype, nonzeros, names):
     found = cheapest(FactorSpec(shape, dtype, nonzeros))
     assert (found.name, found.values) == names
+
+
+def test_gaps_are_taken_where_there_are_few_skips_in_a_thin_factor():
+    assert cheapest(FactorSpec((512, 512), torch.float32, 2000)).name == "elias-fano:7"  # what is known is a bound
+    assert cheapest(FactorSpec((512, 512), torch.float32, 2000, skips=100)).name == "delta8"
 
 
 def test_at_equal_bytes_values_as_they_are_and_the_encoding_that_stands_first_are_taken():
@@ -121,11 +138,29 @@ def test_a_factor_that_is_no_matrix_is_never_csr():
 
 
 def test_every_pair_of_names_is_found_and_nothing_else():
-    for name in (*ENCODINGS, "1:2", "2:4", "15:16"):
+    for name in (*ENCODINGS, "elias-fano:0", "elias-fano:48", "1:2", "2:4", "15:16"):
         for values in VALUES:
             found = find(name, values)
             assert (found.name, found.values) == (name, values)
-    for name in ("", "zip", "4:2", "4:4", "0:4", "2:17", "02:4", "2:4 ", "2:4\n", "-1:4", "2:4:8", "²:4", "٢:٤"):
+    for name in (
+        "",
+        "zip",
+        "4:2",
+        "4:4",
+        "0:4",
+        "2:17",
+        "02:4",
+        "2:4 ",
+        "2:4\n",
+        "-1:4",
+        "2:4:8",
+        "elias-fano",
+        "elias-fano:49",
+        "elias-fano:03",
+        "elias-fano:",
+        "²:4",
+        "٢:٤",
+    ):
         assert find(name) is None
     for values in ("", "int2", "plain", "float32"):
         assert find("dense", values) is None

@@ -1,4 +1,4 @@
-"""int8 and int4: what comes back is near the factor, and is what a second look at the same parts gives."""
+"""int8, int4 and int3: what comes back is near the factor, and is what a second look at the same parts gives."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys(
 def factors_for(name, shape):
     for density in DENSITIES:
         factor = numbers(shape, density)
-        factor = thinned(factor, name) if ":" in name else factor
+        factor = thinned(factor, name) if name[:1].isdigit() else factor
         if holds(factor, name):
             yield factor
 
 
 def at_stored_places(tensor, factor, name):
     """The values of a tensor at the places that are stored of a factor, in their order, by the page."""
-    if ":" in name:
+    if name[:1].isdigit():
         n, m = map(int, name.split(":"))
         # The nonzeros first, then the lowest of the others; and all of these in the order of the row.
         ranks = torch.where(factor.reshape(-1, m) != 0, 0, 1) * m + torch.arange(m)
@@ -86,6 +86,61 @@ def test_int4_values_are_codes_times_the_scale_of_32_stored_ones(name, shape):
         assert (np.abs(codes - wanted) <= 0.5001).all()
 
 
+@every_name
+@every_shape
+def test_int3_values_are_signed_levels_of_one_offset_times_the_scale_of_32_stored_ones(name, shape):
+    coding = coding_of(name, "int3")
+    for factor in factors_for(name, shape):
+        parts, stored = coding.encode(factor), at_stored_places(factor, factor, name)
+        assert not np.unpackbits(parts["codes"].numpy(), axis=1, bitorder="little")[:, stored.size :].any()
+        sign, low, high = np.unpackbits(parts["codes"].numpy(), axis=1, bitorder="little")[:, : stored.size]
+        offset = parts["scale"].numpy()[0].astype(np.float32)
+        levels = (low + 2 * high + offset) * np.where(sign, np.float32(-1), np.float32(1))
+        scale = np.repeat(parts["scale"].numpy()[1:].astype(np.float32), 32)[: stored.size]
+        found = at_stored_places(coding.decode(parts, shape), factor, name)
+        np.testing.assert_array_equal(found, levels * scale)
+        # To the nearest level of the same sign.
+        count = np.clip(np.abs(stored) / np.where(scale == 0, np.inf, scale), offset, offset + 3)
+        assert (np.abs(np.abs(levels) - count) <= 0.5001).all()
+        assert (np.signbit(found) == np.signbit(stored))[found != 0].all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    count=st.integers(1, 3000),
+    least=st.floats(0, 2),
+    power=st.sampled_from([0.3, 1.0, 3.0]),
+    size=st.sampled_from([1e-2, 1.0, 1e3]),
+    seed=st.integers(0, 99),
+)
+def test_what_int3_gives_back_it_gives_back_again_bit_by_bit(count, least, power, size, seed):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    values = size * values.sign() * (values.abs() ** power + least)
+    coding = coding_of("dense", "int3")
+    once = coding.decode(coding.encode(values[None]), (1, count))
+    assert torch.equal(coding.decode(coding.encode(once), (1, count)), once)
+
+
+@pytest.mark.parametrize(("density", "offset", "error"), [(1.0, 0.5, 0.031), (0.446, 2.0, 0.0094), (0.15, 4.0, 0.0025)])
+def test_int3_spends_no_codes_where_pruning_left_nothing(density, offset, error):
+    """Errors over the whole factor's square, of normal values: one more bit for each is worth less than that."""
+    factor = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    kept = torch.where(factor.abs() >= factor.abs().flatten().quantile(1 - density), factor, 0)
+    coding = coding_of("dense" if density == 1 else "bitmask", "int3")
+    parts = coding.encode(kept)
+    assert float(parts["scale"][0]) == offset
+    assert float((coding.decode(parts, (256, 512)) - kept).square().sum() / factor.square().sum()) < error
+
+
+def test_zeros_that_int3_stores_stay_zeros():
+    factor = numbers((20, 40), 1.0)
+    factor[3, 5] = 0
+    coding = coding_of("dense", "int3")
+    parts = coding.encode(factor)
+    assert float(parts["scale"][0]) == 0
+    assert torch.equal(coding.decode(parts, (20, 40))[3, 5], torch.tensor(0.0))
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     count=st.integers(1, 200),
@@ -117,7 +172,7 @@ def test_normal_values_lose_as_little_as_their_bits_allow(values):
     factor = torch.randn(512, 768, generator=torch.Generator().manual_seed(0))
     coding = coding_of("dense", values)
     error = (coding.decode(coding.encode(factor), (512, 768)) - factor).norm() / factor.norm()
-    assert error < {"int8": 0.008, "int4": 0.088}[values]
+    assert error < {"int8": 0.008, "int4": 0.088, "int3": 0.174}[values]
 
 
 @every_code
@@ -146,7 +201,11 @@ def test_all_zero_factors_have_scales_of_zero(values):
 
 
 def test_values_out_of_the_range_of_scales_are_refused_in_one_line():
-    int4, int8 = coding_of("dense", "int4"), coding_of("dense", "int8")
+    int3, int4, int8 = (coding_of("dense", values) for values in ("int3", "int4", "int8"))
+    with pytest.raises(NumericalError, match=r"^its values are too large for int3's fp16 scales; int8 has float32"):
+        int3.encode(torch.full((2, 40), 1e6))
+    with pytest.raises(NumericalError, match=r"^its values are too small for int3's fp16 scales; int8 has float32"):
+        int3.encode(torch.full((2, 40), 1e-9))
     with pytest.raises(NumericalError, match=r"^its values are too large for int4's fp16 scales; int8 has float32"):
         int4.encode(torch.full((2, 40), 1e6))
     with pytest.raises(NumericalError, match=r"^its values are too small for int4's fp16 scales; int8 has float32"):

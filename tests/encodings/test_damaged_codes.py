@@ -1,4 +1,4 @@
-"""Parts of delta8, n:m, int8 and int4 that a stranger wrote: what contradicts itself or the shape is refused."""
+"""Parts of elias-fano, delta8, n:m and codes that a stranger wrote: what contradicts itself or the shape is refused."""
 
 from __future__ import annotations
 
@@ -57,6 +57,71 @@ def test_delta8_parts_that_contradict_each_other_are_refused(changed, problem):
 @pytest.mark.parametrize("shape", [(2, 4), (), (0, 4)])
 def test_delta8_of_a_smaller_shape_is_refused(shape):
     assert refusal(coding_of("delta8"), shape) == BEYOND
+
+
+THIN = torch.zeros(8, 16).index_put_((torch.arange(8), torch.arange(8) + 3), torch.ones(()))  # 3, 20, ..., 122
+POSITIONS = coding_of("elias-fano:3").encode(THIN)["positions"]  # three rows of a byte, and 23 bits in three
+
+
+@pytest.mark.parametrize(
+    ("positions", "problem"),
+    [
+        (POSITIONS[:-1], "has not the bits of"),
+        (torch.cat([POSITIONS, octets(0)]), "has not the bits of"),
+        (octets(*POSITIONS[:3].tolist(), 255, 255, 0), "has not the bits of 16 positions in (8, 16)"),
+        (octets(*[0] * 6), "has not the bits of 0 positions in (8, 16)"),
+        (octets(*POSITIONS[:3].tolist(), 255, 0, 0), "has positions that fall, or beyond its last"),
+        (octets(0, 0, 0, 255, 0, 0), "has positions that fall, or beyond its last"),
+        (POSITIONS[None], "has positions that are no plain list of bytes"),
+        (POSITIONS.int(), "has positions that are no plain list of bytes"),
+        (POSITIONS.view(torch.int8), "has positions that are no plain list of bytes"),
+    ],
+)
+def test_positions_that_contradict_each_other_or_the_shape_are_refused(positions, problem):
+    coding = coding_of("elias-fano:3")
+    with pytest.raises(InputError) as caught:
+        coding.decode({**coding.encode(THIN), "positions": positions}, (8, 16))
+    assert str(caught.value).startswith(problem)
+
+
+def test_other_numbers_of_values_than_of_positions_are_refused():
+    assert refusal(coding_of("elias-fano:1"), values=torch.ones(5)) == "has values of shape (5,) for places of (4,)"
+
+
+def test_low_bits_of_no_position_are_refused():
+    parts = coding_of("elias-fano:3").encode(THIN[:6])  # six positions, a row of eight bits for each of their low ones
+    parts["positions"][0] |= 64
+    with pytest.raises(InputError, match="has bits beyond its last position"):
+        coding_of("elias-fano:3").decode(parts, (6, 16))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    low=st.integers(0, 3),
+    positions=st.lists(st.sampled_from([0, 1, 3, 17, 128, 255]), max_size=6),
+    elements=st.integers(0, 60),
+)
+def test_positions_that_decode_are_those_that_encoding_gives_again(low, positions, elements):
+    coding = coding_of(f"elias-fano:{low}")
+    for count in range(20):
+        parts = {"values": torch.ones(count), "positions": torch.tensor(positions, dtype=torch.uint8)}
+        try:
+            factor = coding.decode(parts, (elements,))
+        except InputError:
+            continue
+        assert int(factor.count_nonzero()) == count
+        assert torch.equal(coding.unpack(parts, (elements,)), factor)
+        assert coding.encode(factor)["positions"].tolist() == positions
+
+
+@settings(max_examples=200, deadline=None)
+@given(elements=st.integers(1, 400), part=st.floats(0, 1), low=st.integers(0, 9), seed=st.integers(0, 99))
+def test_where_the_low_bits_end_is_told_by_the_length(elements, part, low, seed):
+    chosen = torch.rand(elements, generator=torch.Generator().manual_seed(seed)) < part
+    coding = coding_of(f"elias-fano:{low}")
+    parts = coding.encode(chosen.float())
+    assert torch.equal(coding.decode(parts, (elements,)), chosen.float())
+    assert torch.equal(coding.unpack(parts, (elements,)), chosen.float())
 
 
 @settings(max_examples=300, deadline=None)
@@ -122,7 +187,7 @@ def test_int8_parts_that_contradict_each_other_are_refused(changed, problem):
 
 
 @pytest.mark.parametrize("shape", [(), (12,)])
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "int3"])
 def test_codes_of_a_vector_are_refused(values, shape):
     assert refusal(coding_of("dense", values), shape) == f"has codes, but its shape {shape} has no rows"
 
@@ -149,6 +214,41 @@ COUNT4 = "has not the codes of 4 values, two to a byte"
 def test_int4_parts_that_contradict_each_other_are_refused(changed, problem):
     parts = {"codes": octets(0x21, 0x43), "scale": torch.ones(1).half()}
     assert refusal(coding_of("bitmask", "int4"), **{**parts, **changed}) == problem
+
+
+COUNT3 = "has not the codes of 4 values, in three rows of bits"
+SCALES3 = "has not an offset and 1 scales in torch.float16"
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"codes": octets(0, 0, 0)}, COUNT3),
+        ({"codes": octets(0, 0)[:, None]}, COUNT3),
+        ({"codes": octets(0, 0, 0)[:, None].int()}, COUNT3),
+        ({"codes": torch.zeros(3, 2).byte()}, COUNT3),
+        ({"codes": octets(0, 16, 0)[:, None]}, "has codes beyond its last value"),
+        ({"scale": torch.ones(1).half()}, SCALES3),
+        ({"scale": torch.ones(3).half()}, SCALES3),
+        ({"scale": torch.ones(2)}, SCALES3),
+        ({"scale": torch.ones(2).half()[None]}, SCALES3),
+        ({"scale": torch.tensor([1, float("nan")]).half()}, "has an offset or scales that are not finite"),
+        ({"scale": torch.tensor([float("inf"), 1]).half()}, "has an offset or scales that are not finite"),
+        ({"scale": torch.tensor([-0.5, 1]).half()}, "has an offset that is negative"),
+        ({"mask": octets(0b11111111, 1)}, "has not the codes of 9 values, in three rows of bits"),
+    ],
+)
+def test_int3_parts_that_contradict_each_other_are_refused(changed, problem):
+    parts = {"codes": octets(1, 2, 3)[:, None], "scale": torch.ones(2).half()}
+    assert refusal(coding_of("bitmask", "int3"), **{**parts, **changed}) == problem
+
+
+def test_every_int3_code_is_right_and_any_offset_is_read():
+    codes = octets(0b11110000, 0b10101010, 0b11001100)[:, None]
+    parts = {"codes": codes, "scale": torch.tensor([0.3, 0.5]).half()}
+    found = coding_of("dense", "int3").decode(parts, (2, 4)).reshape(-1)
+    positive = (torch.arange(4) + torch.tensor(0.3).half().float()) * 0.5
+    assert torch.equal(found, torch.cat([positive, -positive]))
 
 
 def test_every_int4_code_and_either_sign_of_scale_is_right():

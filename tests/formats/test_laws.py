@@ -31,7 +31,7 @@ SHAPES = {
 }
 # Their fits are local optima: a size that fails may lie above one that does, and one too large is never tried.
 SEARCHED = {"cp", "sparse-product", "low-rank-sparse"}
-STORED = (torch.float32, torch.bfloat16, torch.int8, torch.int4)
+STORED = (torch.float32, torch.bfloat16, torch.int8, torch.int4, torch.int3)
 
 everywhere = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 every_format = pytest.mark.parametrize("format_type", FORMATS.values(), ids=FORMATS.keys())

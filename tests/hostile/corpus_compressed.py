@@ -83,7 +83,9 @@ def small(change: Change | None = None, encoding: str = "dense", values: str | N
 
 
 WAYS = [
-    (encoding, values) for encoding in ("dense", "bitmask", "delta8", "csr", "2:4") for values in (None, "int8", "int4")
+    (encoding, values)
+    for encoding in ("dense", "bitmask", "elias-fano:1", "delta8", "csr", "2:4")
+    for values in (None, "int8", "int4", "int3")
 ]
 for encoding, values in WAYS:
     compressed(f"sound {encoding} {values or ''}", small(None, encoding, values), decompress=0, verify=0)
@@ -137,6 +139,15 @@ wrong("bitmask of none", "bitmask", None, part("mask", torch.zeros_like), "has v
 wrong("bitmask of all", "bitmask", "int8", part("mask", lambda t: torch.full_like(t, 255)), "has codes of shape")
 wrong("bitmask cut off", "bitmask", None, part("mask", lambda t: t[:-1]), "has no bit for each of")
 wrong("bitmask of signed bytes", "bitmask", None, part("mask", lambda t: t.view(torch.int8)), "has no bit for each of")
+wrong("positions of one more", "elias-fano:1", None, put("positions", -1, 255), "has not the bits of")
+wrong("positions of none", "elias-fano:1", None, part("positions", torch.zeros_like), "has not the bits of")
+wrong("positions cut off", "elias-fano:1", "int8", part("positions", lambda t: t[:-1]), "has not the bits of")
+wrong("positions of nothing", "elias-fano:0", None, part("positions", lambda t: t[:0]), "has values of shape")
+wrong(
+    "positions in two dimensions", "elias-fano:1", None, part("positions", lambda t: t[None]), "no plain list of bytes"
+)
+wrong("positions of integers", "elias-fano:1", "int4", part("positions", torch.Tensor.int), "no plain list of bytes")
+wrong("a million bits", "elias-fano:1", None, part("positions", lambda t: t.repeat(99_999)), "has not the bits of")
 wrong("gaps beyond the end", "delta8", None, put("gaps", 5, 254), "reach beyond its last element")
 wrong("gap after the last value", "delta8", None, put("gaps", -1, 255), "has a gap after its last value")
 wrong("gaps of one value less", "delta8", None, put("gaps", 0, 255), "reach beyond its last element")
@@ -163,6 +174,11 @@ for encoding in ("dense", "csr"):
     wrong(
         f"int4 scale NaN in {encoding}", encoding, "int4", put("scale", 0, float("nan")), "scales that are not finite"
     )
+    wrong(
+        f"int3 scale NaN in {encoding}", encoding, "int3", put("scale", -1, float("nan")), "scales that are not finite"
+    )
+    wrong(f"int3 offset of -1 in {encoding}", encoding, "int3", put("scale", 0, -1.0), "an offset that is negative")
+    wrong(f"int3 codes missing in {encoding}", encoding, "int3", part("codes", lambda t: t[1:]), "has not the codes of")
     wrong(f"int4 codes missing in {encoding}", encoding, "int4", part("codes", lambda t: t[1:]), "has not the codes of")
     wrong(
         f"int4 scales missing in {encoding}",
@@ -297,6 +313,12 @@ def thin(document: Document, tensors: Tensors) -> None:
     tensors |= {f"{LAYER}.left": torch.ones(50_000, 1), f"{LAYER}.right": torch.ones(1, 50_000)}
 
 
+def no_positions(document: Document, tensors: Tensors) -> None:
+    thin_sparse(document, tensors)
+    del tensors[f"{MATRIX}.gaps"]
+    tensors[f"{MATRIX}.positions"] = torch.zeros(0).byte()
+
+
 def thin_sparse(document: Document, tensors: Tensors) -> None:
     document["layers"][LAYER].update(shape=[50_000, 50_000])
     document["layers"][LAYER]["factors"]["matrix"]["shape"] = [50_000, 50_000]
@@ -304,6 +326,7 @@ def thin_sparse(document: Document, tensors: Tensors) -> None:
 
 
 compressed("ten gigabytes of rank 1", small(thin), LAYER, decompress=5, verify=8)
+compressed("ten gigabytes of positions", small(no_positions, "elias-fano:9"), LAYER, decompress=5, verify=8)
 compressed("ten gigabytes of gaps", small(thin_sparse, "delta8"), LAYER, decompress=5, verify=8)
 
 

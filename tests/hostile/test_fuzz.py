@@ -23,7 +23,15 @@ from tests.hostile.corpus_compressed import sealed, sound
 COMPRESSED = sorted((FIXTURES / "compressed" / "v1").glob("*.safetensors"))
 FLIPS = 1000
 DENSE = tensors_of({"fc.weight": weight(8, 6), "fc.bias": torch.ones(8)}, {"format": "pt"})
-WAYS = [("dense", None), ("dense", "int8"), ("csr", None), ("bitmask", "int4"), ("delta8", None), ("2:4", "int8")]
+WAYS = [
+    ("dense", None),
+    ("dense", "int8"),
+    ("csr", None),
+    ("bitmask", "int4"),
+    ("delta8", None),
+    ("2:4", "int8"),
+    ("elias-fano:1", "int3"),
+]
 fuzz = settings(
     max_examples=300,
     deadline=None,

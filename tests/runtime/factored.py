@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from tcompress.encodings import INT4
+from tcompress.encodings import INT3, INT4
 from tcompress.formats import Format, make, parse
 from tcompress.formats.grouped import GroupFormat
 from tcompress.runtime.install import factorized
@@ -19,7 +19,7 @@ from tcompress.workflow.stored import StoredFactor, rebuild
 
 CPU = torch.device("cpu")
 CACHES = ("auto", "always", "never")
-STORES = {"own": None, "bf16": torch.bfloat16, "int8": torch.int8, "int4": INT4}
+STORES = {"own": None, "bf16": torch.bfloat16, "int8": torch.int8, "int4": INT4, "int3": INT3}
 MATRIX, KERNEL = (48, 40), (16, 12, 3, 3)
 TEXTS = {
     "svd": "svd:rank=3",

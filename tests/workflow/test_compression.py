@@ -37,7 +37,7 @@ def test_the_bytes_reported_are_those_of_the_file(model_file, tmp_path):
     assert result.compression_ratio == result.source.nbytes / result.output.nbytes > 1
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.int8, torch.int4], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.int8, torch.int4, torch.int3], ids=str)
 @pytest.mark.parametrize(
     "choice",
     [SVD(rank=3), Sparse(density=0.2), Sparse(density=0.03), Target(SVD, keep=0.4), Target(Sparse, tolerance=0.3)],
@@ -69,7 +69,7 @@ def test_a_dry_run_of_a_weight_with_a_pattern_gives_a_bound(tmp_path):
 
 
 def test_the_codes_that_are_measured_are_those_that_are_written(model_file, tmp_path):
-    for store in (torch.int8, torch.int4):
+    for store in (torch.int8, torch.int4, torch.int3):
         for choice in (SVD(rank=4), Sparse(density=0.3)):
             out = tmp_path / f"{choice.name}-{store}.safetensors"
             result = run(model_file, out, choice, settings=Settings(store=store))

@@ -305,6 +305,7 @@ def test_differences_are_relative_to_the_largest_value(found, expected, differen
 JOINT = {"version": 1, "rules": [{"match": "layers.*", "format": "joint", "ranks": [2, 6, 6], "together": "band"}]}
 ALL = [
     ("digits_cnn", "svd:rank=4", None), ("digits_mlp", "svd:rank=8", torch.int4),
+    ("digits_mlp", "svd:rank=8", torch.int3),
     ("digits_mlp_bf16", "svd:rank=8", None), ("digits_mlp", "tucker:rank=2", None),
     ("digits_cnn", "tt:rank=6", None), ("digits_mlp", "tt:rank=4", None), ("digits_cnn", "ttm:rank=2", None),
     ("digits_mlp", "ttm:rank=2", torch.int8), ("digits_cnn", "tucker:rank=4", None),

@@ -6,6 +6,7 @@ No factor on disk may be other than finite, and no error may be reported smaller
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from tcompress.workflow.verification import verify
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-STORES = (None, torch.bfloat16, torch.float16, torch.int8, torch.int4)
+STORES = (None, torch.bfloat16, torch.float16, torch.int8, torch.int4, torch.int3)
 CHEAP = (
     "svd:rank=2",
     "svd:rank=2:matricisation=spatial",
@@ -189,10 +190,11 @@ def runs():
         for index, text in enumerate(texts)
         for number, dtype in enumerate(DTYPES)
     ]
-    for index, text in enumerate(texts):
-        name, store = text.split(":")[0], STORES[(index + len(DTYPES)) % len(STORES)]
-        if not any(other.split(":")[0] == name and stored == store for other, _, stored, _ in found):
-            found.append((text, DTYPES[index % 2], store, index))
+    by_name = {setting_of(text).name: text for text in texts}
+    tried = {(setting_of(text).name, store) for text, _, store, _ in found}
+    for index, (name, store) in enumerate(product(by_name, STORES)):
+        if (name, store) not in tried:
+            found.append((by_name[name], DTYPES[index % 2], store, index))
     return found
 
 

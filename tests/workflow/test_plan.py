@@ -117,9 +117,9 @@ def test_a_target_needs_exactly_one_budget():
         Target(SVD, {"rank": 2}, keep=0.5)
 
 
-@pytest.mark.parametrize("name", ["int3", 8, ["int8"]])
+@pytest.mark.parametrize("name", ["int2", 8, ["int8"]])
 def test_a_type_that_nothing_is_stored_in_is_told(name):
-    with pytest.raises(UsageError, match="rule 1: dtype is one of bf16, fp16, fp32, fp64, int8, int4"):
+    with pytest.raises(UsageError, match="rule 1: dtype is one of bf16, fp16, fp32, fp64, int8, int4, int3"):
         parse_plan(document({"match": "*", "format": "svd", "rank": 2, "dtype": name}), "p")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tcompress.encodings import INT4
+from tcompress.encodings import INT3, INT4
 from tcompress.formats.low_rank_sparse import LowRankSparse
 from tcompress.formats.metric import PLAIN, Metric
 from tcompress.formats.sparse import Sparse
@@ -25,7 +25,7 @@ def problem():
     return torch.randn(40, 64, generator=random), Metric(inputs.T @ inputs / 300)
 
 
-@pytest.mark.parametrize("store", [INT4, torch.int8], ids=str)
+@pytest.mark.parametrize("store", [INT3, INT4, torch.int8], ids=str)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_codes_serve_the_output_and_take_the_bytes_they_took(setting, store, problem):
     weight, metric = problem
@@ -38,7 +38,7 @@ def test_codes_serve_the_output_and_take_the_bytes_they_took(setting, store, pro
         for each in (stored, better)
     ]
     assert errors[1] <= errors[0]
-    if store == INT4:
+    if store != torch.int8:
         assert errors[1] < (0.8 if setting == Sparse(1.0) else 0.99) * errors[0]
     assert [f.nbytes for f in better.values()] == [f.nbytes for f in stored.values()]
     for factor in better.values():
@@ -46,7 +46,7 @@ def test_codes_serve_the_output_and_take_the_bytes_they_took(setting, store, pro
         assert torch.equal(decoded, factor.values)
 
 
-@pytest.mark.parametrize("store", [INT4, torch.int8], ids=str)
+@pytest.mark.parametrize("store", [INT3, INT4, torch.int8], ids=str)
 def test_what_is_decoded_is_encoded_to_the_same_values_again(store, problem):
     weight, metric = problem
     (factor,) = fit(weight, Sparse(0.4), store=store, device=CPU, metric=metric).stored.values()
