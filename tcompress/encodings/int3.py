@@ -23,11 +23,12 @@ GROUP = 32
 LARGEST = 3
 _BITS = 3
 _BLOCK = 2048  # groups at a time: what is computed of them stays in the cache
-_LOOKED_AT = 1024  # groups, at most, by which the offset is chosen
+_ACCIDENTAL = 1e-3  # part of the stored values that may be zeros, and get the smallest magnitude that there is
+_LOOKED_AT = 256  # groups, at most, by which the offset is chosen
 # Multiples of a quarter, so that the largest value over its scale is exact, and found again as it was.
 _OFFSETS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 # Scales tried, as parts of the one that makes the largest magnitude the largest code; smaller ones clip it.
-_TRIED = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
+_TRIED = (1.0, 0.89, 0.79)
 _CLIPPED = 0.5  # codes by which a fitted scale may clip the largest magnitude: it keeps its code
 
 
@@ -53,7 +54,7 @@ class Int3(Values):
     def encode(self, factor: Tensor, select: Select) -> dict[str, Tensor]:
         values = select(factor).reshape(-1)
         count = values.numel()
-        groups = _grouped(values)
+        groups = _grouped(values.abs())
         offset = _offset_of(groups)
         scale, codes = torch.zeros(len(groups), dtype=torch.float16), torch.zeros(groups.shape, dtype=torch.int8)
         for start in range(0, len(groups), _BLOCK):
@@ -122,15 +123,15 @@ def _packed(negative: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def _grouped(values: Tensor) -> Tensor:
-    """Return values (count,) as (groups, 32): those of the last group again and again, until it is full."""
+    """Return magnitudes (count,) as (groups, 32): those of the last group again and again, until it is full."""
     tail = values[values.numel() // GROUP * GROUP :]
     again = tail.repeat(-(-GROUP // max(1, tail.numel())))[: -values.numel() % GROUP]
     return torch.cat([values, again]).reshape(-1, GROUP)
 
 
 def _offset_of(groups: Tensor) -> float:
-    """Return the offset of least squared error; 0 where a stored value is zero, and has to stay it."""
-    if not len(groups) or not bool(groups.all()):
+    """Return the offset of least squared error; 0 where zeros are more than an accident, and have to stay it."""
+    if int(groups.count_nonzero()) <= (1 - _ACCIDENTAL) * groups.numel():
         return 0.0
     some = groups
     if len(groups) > _LOOKED_AT:
@@ -145,7 +146,7 @@ def _least_error(groups: Tensor, offset: float) -> Tensor:
 
 
 def _quantised(groups: Tensor, offset: float) -> tuple[Tensor, Tensor]:
-    """Return for (groups, 32) values the scales and k of least squared error among those tried."""
+    """Return for (groups, 32) magnitudes the scales and k of least squared error among those tried."""
     best = _scaled_down(groups, offset, 1.0)
     if not bool(best.isfinite().all()):
         raise NumericalError("its values are too large for int3's fp16 scales; int8 has float32 scales")
@@ -153,16 +154,16 @@ def _quantised(groups: Tensor, offset: float) -> tuple[Tensor, Tensor]:
     for part in _TRIED[1:]:
         best, least = _better(groups, _scaled_down(groups, offset, part), offset, best, least)
     levels = _codes(groups, best, offset) + offset
-    fitted = (groups.abs() * levels).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True).clamp_min(1e-9)
+    fitted = (groups * levels).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True).clamp_min(1e-9)
     # The largest magnitude keeps the largest code: by it the scale is found again when the values are encoded again.
-    most = groups.abs().amax(dim=1, keepdim=True) / (LARGEST + offset - _CLIPPED)
+    most = groups.amax(dim=1, keepdim=True) / (LARGEST + offset - _CLIPPED)
     fitted = torch.where(fitted < most, fitted, best.to(torch.float32)).to(torch.float16)
     best, _ = _better(groups, fitted, offset, best, least)
     return best.reshape(-1), _codes(groups, best, offset).to(torch.int8)
 
 
 def _scaled_down(groups: Tensor, offset: float, part: float) -> Tensor:
-    return (groups.abs().amax(dim=1, keepdim=True) * (part / (LARGEST + offset))).to(torch.float16)
+    return (groups.amax(dim=1, keepdim=True) * (part / (LARGEST + offset))).to(torch.float16)
 
 
 def _better(groups: Tensor, scale: Tensor, offset: float, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,9 +174,9 @@ def _better(groups: Tensor, scale: Tensor, offset: float, best: Tensor, least: T
 
 def _codes(groups: Tensor, scale: Tensor, offset: float) -> Tensor:
     wide = scale.to(torch.float32)
-    return (groups.abs() / torch.where(wide == 0, math.inf, wide)).sub_(offset).round_().clamp_(0, LARGEST)
+    return (groups / torch.where(wide == 0, math.inf, wide)).sub_(offset).round_().clamp_(0, LARGEST)
 
 
 def _squared_error(groups: Tensor, scale: Tensor, offset: float) -> Tensor:
     near = _codes(groups, scale, offset).add_(offset).mul_(scale.to(torch.float32))
-    return near.sub_(groups.abs()).square_().sum(dim=1, keepdim=True)
+    return near.sub_(groups).square_().sum(dim=1, keepdim=True)

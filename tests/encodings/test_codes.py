@@ -132,7 +132,13 @@ def test_int3_spends_no_codes_where_pruning_left_nothing(density, offset, error)
     assert float((coding.decode(parts, (256, 512)) - kept).square().sum() / factor.square().sum()) < error
 
 
-def test_zeros_that_int3_stores_stay_zeros():
+def test_int3_does_not_lose_its_best_grid_to_a_single_zero():
+    factor = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    factor[3, 5] = 0
+    assert float(coding_of("dense", "int3").encode(factor)["scale"][0]) == 0.5
+
+
+def test_zeros_that_int3_stores_stay_zeros_where_there_are_some():
     factor = numbers((20, 40), 1.0)
     factor[3, 5] = 0
     coding = coding_of("dense", "int3")
