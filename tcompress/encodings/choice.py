@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tcompress.encodings.base import Coding, FactorSpec, Support, Values, bits_of, value_type
+from tcompress.encodings.base import CODED, Coding, FactorSpec, Support, Values, bits_of, value_type
 from tcompress.encodings.bitmask import Bitmask
 from tcompress.encodings.csr import CSR
 from tcompress.encodings.delta8 import SKIP, Delta8, gaps_between
@@ -44,6 +45,7 @@ def find(encoding: str, values: str | None = None) -> Coding | None:
     return None if support is None or values not in VALUES else Coding(support, VALUES[values])
 
 
+@lru_cache(maxsize=1 << 14)
 def cheapest(factor: FactorSpec) -> Coding:
     """Return the coding with the fewest bytes for a factor; nothing but arithmetic."""
     return min(_codings(factor), key=lambda coding: _bytes(coding, factor))
@@ -74,7 +76,8 @@ def _codings(factor: FactorSpec) -> Iterator[Coding]:
         supports.append(EliasFano(best_low_bits(factor.values, factor.nonzeros)))
     if factor.pattern is not None:
         supports.append(NOfM(*factor.pattern))
-    for values in VALUES.values():
+    plain, *coded = VALUES.values()
+    for values in (plain, *(each for each in coded if factor.dtype in CODED)):
         for support in supports:
             yield Coding(support, values)
 
