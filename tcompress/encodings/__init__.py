@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from tcompress.encodings.base import INT3, INT4, Coding, FactorSpec, Levels, PartSpec, Support, Values, value_type
+from tcompress.encodings.base import (
+    CODED,
+    INT3,
+    INT4,
+    Coding,
+    FactorSpec,
+    Levels,
+    PartSpec,
+    Support,
+    Values,
+    value_type,
+)
 from tcompress.encodings.choice import ENCODINGS, VALUES, cheapest, cheapest_bytes, find, measured
 
 __all__ = [
+    "CODED",
     "ENCODINGS",
     "INT3",
     "INT4",

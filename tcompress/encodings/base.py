@@ -66,15 +66,31 @@ class FactorSpec:
 
 @dataclass(frozen=True)
 class Levels:
-    """The values that codes can stand for: sign(c) * (|c| - shift) steps, for whole c from ``least`` to ``most``."""
+    """The values that codes can stand for: sign(c) * (|c| - shift) steps, for whole c from ``least`` to ``most``.
+
+    first: the smallest |c|.
+    """
 
     least: int
     most: int
     shift: float = 0.0
+    first: int = 0
 
     def codes(self, multiples: Tensor) -> Tensor:
         """Return the codes nearest to values that are given as multiples of their steps, 0 for those that are 0."""
         return multiples.sign() * (multiples.abs() + self.shift).round()
+
+    def nearest(self, values: Tensor, steps: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Return the nearest values that codes can stand for.
+
+        steps: of each value; where it is 0 the value is 0. shift: in the place of this one, as a tensor ().
+        """
+        by = self.shift if shift is None else shift
+        multiples = values / torch.where(steps == 0, math.inf, steps)
+        sign = torch.where(multiples < 0, -1.0, 1.0)
+        counts = (multiples.abs() + by).round_().clamp_min_(self.first)
+        counts = torch.where(multiples < 0, counts.clamp_max(-self.least), counts.clamp_max(self.most))
+        return sign * (counts - by) * steps
 
 
 class Support(ABC):

@@ -88,7 +88,7 @@ class Int3(Values):
         return place(torch.from_numpy(values).reshape(-1)[:count])
 
     def levels(self, parts: Mapping[str, Tensor]) -> Levels:
-        return Levels(-LARGEST - 1, LARGEST + 1, 1 - float(parts["scale"][0]))
+        return Levels(-LARGEST - 1, LARGEST + 1, 1 - float(parts["scale"][0]), first=1)
 
     def single_steps(self, parts: Mapping[str, Tensor], stored: tuple[int, ...]) -> Mapping[str, Tensor]:
         codes = _packed(torch.zeros(math.prod(stored), dtype=torch.bool), torch.ones(math.prod(stored)))

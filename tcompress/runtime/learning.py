@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tcompress.encodings import Coding
+from tcompress.encodings import Coding, Levels
 from tcompress.formats.base import Shape
 from tcompress.formats.pattern import Pattern
 from tcompress.runtime.packed import Maker
@@ -21,6 +21,8 @@ class Learning(Maker):
     """
 
     places: Tensor | None  # (values,), the row-major positions of the values between the zeros
+    steps: Tensor | None  # as the values: how far apart the codes are that each is stored as; None without codes
+    shift: Tensor  # () of ``levels``; both are in the state dict, so that a run can go on
 
     def __init__(self, factor: Tensor, dtype: torch.dtype, coding: Coding | None, *, fixed: bool) -> None:
         super().__init__()
@@ -33,6 +35,9 @@ class Learning(Maker):
         values = flat.reshape(self.shape) if is_full or places is None else flat[places]
         self.values = nn.Parameter(values.clone())
         self._pattern: Pattern | None = None
+        self.levels: Levels | None = None
+        self.register_buffer("steps", None)
+        self.register_buffer("shift", None)
 
     @property
     def is_sparse(self) -> bool:
@@ -41,7 +46,33 @@ class Learning(Maker):
 
     def forward(self) -> Tensor:
         """Return the factor, with gradients for its values."""
-        return self.pattern().dense(self.values).reshape(self.shape) if self.is_placed else self.values
+        return self._whole(self._as_coded())
+
+    def learnt(self) -> Tensor:
+        """Return the factor of the values as they are, whatever they are coded as."""
+        return self._whole(self.values)
+
+    def see_codes(self, steps: Tensor, levels: Levels) -> None:
+        """Be from now on what the codes nearest to the values stand for; gradients pass to the values as they are.
+
+        steps: of the factor's shape, 0 where nothing is stored. Y. Bengio, N. Leonard, A. Courville, "Estimating or
+        propagating gradients through stochastic neurons", 2013: the straight-through estimator.
+        """
+        flat = steps.reshape(-1)
+        own = flat if self.places is None else flat[self.places.to(flat.device)]
+        self.steps = own.reshape(self.values.shape).to(self.values)
+        self.shift = torch.tensor(levels.shift, dtype=torch.float32, device=self.values.device)
+        self.levels = levels
+
+    def _as_coded(self) -> Tensor:
+        if self.steps is None or self.levels is None:
+            return self.values
+        with torch.no_grad():
+            coded = self.levels.nearest(self.values, self.steps, self.shift)
+        return self.values + (coded - self.values).detach()
+
+    def _whole(self, values: Tensor) -> Tensor:
+        return self.pattern().dense(values).reshape(self.shape) if self.is_placed else values
 
     @property
     def is_placed(self) -> bool:
@@ -54,7 +85,7 @@ class Learning(Maker):
         return self._pattern
 
     def at_places(self) -> Tensor:
-        return self.values
+        return self._as_coded()
 
 
 class Pruned(Learning):
@@ -79,6 +110,6 @@ class Pruned(Learning):
         """How many values the mask keeps."""
         return int(self.mask.sum())
 
-    def forward(self) -> Tensor:
+    def _whole(self, values: Tensor) -> Tensor:
         # Not a product, which makes -0.0 of negative values: encodings would store it.
-        return self.values.masked_fill(~self.mask, 0.0)
+        return values.masked_fill(~self.mask, 0.0)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tcompress.errors import TaskError, TcompressError, UsageError
+from tcompress.training.coded import ThroughCodes, through_codes
 from tcompress.training.losses import require_gradient
 from tcompress.training.objective import Method, Objective, Setup
 from tcompress.training.options import Defaults
@@ -40,11 +41,13 @@ class Distill(Method):
 
     alpha: the part of the task's loss. temperature: what logits are divided by. kl_direction: ``student-teacher``, as
     the paper prints it, is KL(student || teacher); ``teacher-student`` the other way round, as Hinton et al. have it.
+    through_codes: as of ``finetune``.
     """
 
     alpha: float = 0.9
     temperature: float = 3.0
     kl_direction: str = "student-teacher"
+    through_codes: bool = True
 
     name: ClassVar[str] = "distill"
     summary: ClassVar[str] = "the task's loss and the dense model's outputs"
@@ -63,7 +66,8 @@ class Distill(Method):
 
     def objective(self, setup: Setup) -> Objective:
         assert setup.teacher is not None, "it has one"  # noqa: S101
-        return Distillation(self, setup.task, setup.model, setup.teacher)
+        codes = through_codes(setup.model, asked=self.through_codes)
+        return Distillation(self, setup.task, setup.model, setup.teacher, codes)
 
 
 class Distillation(Objective):
@@ -73,8 +77,16 @@ class Distillation(Objective):
     the same for both.
     """
 
-    def __init__(self, method: Distill, task: Task, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(
+        self, method: Distill, task: Task, student: nn.Module, teacher: nn.Module, codes: ThroughCodes | None = None
+    ) -> None:
         self._method, self._task, self._student, self._teacher = method, task, student, teacher
+        self._codes = codes
+
+    def begin_step(self, step: int, steps: int) -> None:
+        del steps
+        if self._codes is not None:
+            self._codes.begin_step(step)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         alpha = self._method.alpha

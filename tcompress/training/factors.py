@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from tcompress.encodings import value_type
+from tcompress.encodings import CODED, value_type
 from tcompress.errors import FormatError
 from tcompress.formats import Format, make
 from tcompress.formats.base import Factorization
@@ -40,6 +40,24 @@ def let_learn(model: nn.Module, frozen: Collection[str] = ()) -> None:
         }
         if any(isinstance(each, Learning) for each in held.values()):
             layer.hold(PackedFactorization(layer.setting, layer.factors.shape, held))
+
+
+def see_codes(model: nn.Module) -> None:
+    """Let factors that are stored as codes be what these stand for, with the scales that their values now have."""
+    for factor in _coded(model):
+        found = encoded(factor.learnt().detach().cpu(), factor.dtype, is_sparse=factor.is_sparse)
+        if found.coding.values is not None:
+            factor.see_codes(found.coding.steps(found.parts, factor.shape), found.coding.levels(found.parts))
+
+
+def has_codes(model: nn.Module) -> bool:
+    """Tell whether a factor that learns is stored as codes."""
+    return bool(_coded(model))
+
+
+def _coded(model: nn.Module) -> list[Learning]:
+    found = [each for each in model.modules() if isinstance(each, Learning)]
+    return [each for each in found if each.dtype in CODED and each.values.requires_grad]
 
 
 def learning_factors(model: nn.Module) -> list[nn.Parameter]:
@@ -115,7 +133,7 @@ def _as_pruned(setting: Format, factors: Factorization) -> Format:
 
 def _encoded(factor: Learning) -> nn.Parameter | Packed:
     """Return a factor in the type and, of a sparse one, the kind of coding that it was read from."""
-    values = factor().detach().cpu().to(value_type(factor.dtype))
+    values = factor.learnt().detach().cpu().to(value_type(factor.dtype))
     if factor.coding is None and not factor.is_sparse:
         return nn.Parameter(values)
     found = encoded(values, factor.dtype, is_sparse=factor.is_sparse)

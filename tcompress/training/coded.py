@@ -1,0 +1,27 @@
+"""Training through codes: what is learnt is what the codes make of it, not what they are to be rounded from."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tcompress.training.factors import has_codes, see_codes
+
+_EVERY = 5  # steps between two looks at the scales, each of which costs about as much as a step
+
+
+class ThroughCodes:
+    """Scales that follow the values of a model's coded factors while these are trained."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        see_codes(model)  # at once: a state that a run goes on from has them
+
+    def begin_step(self, step: int) -> None:
+        """Take the scales anew where it is time to; by the number of the step alone, so that a run can go on."""
+        if step % _EVERY == 0:
+            see_codes(self._model)
+
+
+def through_codes(model: nn.Module, *, asked: bool) -> ThroughCodes | None:
+    """Return what follows the codes of a model's factors; None where nobody asked, or none are stored as codes."""
+    return ThroughCodes(model) if asked and has_codes(model) else None

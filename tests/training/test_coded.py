@@ -1,0 +1,86 @@
+"""Training through codes: the layer that learns is the one that its codes make, and gradients pass as if it were not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tcompress import load_task, make_method
+from tcompress.encodings import INT3, INT4
+from tcompress.formats.low_rank_sparse import LowRankSparse
+from tcompress.formats.sparse import Sparse
+from tcompress.formats.svd import SVD
+from tcompress.runtime.install import collect
+from tcompress.runtime.learning import Learning
+from tcompress.training.coded import through_codes
+from tcompress.training.factors import as_stored, let_learn
+from tcompress.workflow.loading import load_into
+from tests.training.tasks import MLP
+
+STORES = pytest.mark.parametrize("store", [torch.int8, INT4, INT3], ids=str)
+SETTINGS = pytest.mark.parametrize("setting", [SVD(8), Sparse(0.3), LowRankSparse(rank=4, density=0.2)], ids=str)
+
+
+@pytest.fixture
+def learner(small, tmp_path):
+    def made(setting, store):
+        (tmp_path / "task.py").write_text(MLP)
+        task = load_task(str(tmp_path / "task.py"), ("model", "train_batches"))
+        model = task.model()
+        load_into(model, small(setting, store))
+        let_learn(model)
+        return model, next(iter(task.train_batches()))[0]
+
+    return made
+
+
+def weights(model):
+    return {name: layer.factors.reconstruct().detach().clone() for name, layer in collect(model).items()}
+
+
+@STORES
+@SETTINGS
+def test_a_model_that_learns_through_codes_is_the_one_that_would_be_stored(setting, store, learner):
+    model, inputs = learner(setting, store)
+    with torch.no_grad():
+        for each in model.modules():
+            if isinstance(each, Learning):
+                each.values += 0.3 * each.values.std() * torch.randn(each.values.shape)
+    assert through_codes(model, asked=True) is not None
+    seen, outputs = weights(model), model(inputs)
+    with as_stored(model):
+        stored = weights(model)
+        assert torch.allclose(model(inputs), outputs, rtol=1e-3, atol=1e-4)
+    for name, weight in stored.items():
+        torch.testing.assert_close(seen[name], weight, rtol=1e-4, atol=1e-5)
+
+
+@STORES
+def test_gradients_are_those_at_the_codes_and_reach_every_value(store, learner):
+    model, inputs = learner(Sparse(0.3), store)
+    through_codes(model, asked=True)
+    model(inputs).square().sum().backward()
+    found = {name: layer.factors for name, layer in collect(model).items()}
+    for name, factors in found.items():
+        (learning,) = [each for each in factors.modules() if isinstance(each, Learning)]
+        assert learning.values.grad is not None, name
+        assert bool(learning.values.grad.isfinite().all())
+        assert int(learning.values.grad.count_nonzero()) > 0.3 * learning.values.numel()
+
+
+def test_nothing_is_coded_where_nobody_asks_or_nothing_is_stored_as_codes(learner):
+    model, _ = learner(SVD(8), INT4)
+    assert through_codes(model, asked=False) is None
+    model, _ = learner(SVD(8), None)
+    assert through_codes(model, asked=True) is None
+    assert not any(name.endswith("steps") for name in model.state_dict())
+
+
+@pytest.mark.parametrize("method", ["finetune", "distill:alpha=1"])
+def test_few_bits_are_worth_more_when_they_are_learnt_through(method, small, tune, fixtures):
+    path, scores = small(SVD(12), INT3), {}
+    for through in ("true", "false"):
+        text = f"{method}:through_codes={through}"
+        result = tune(path, make_method(text), epochs=12, force=True, against=fixtures / "digits_mlp.safetensors")
+        scores[through] = max(row.scores["accuracy"] for row in result.rows)
+    assert scores["true"] > scores["false"] + 0.02
