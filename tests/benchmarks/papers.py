@@ -9,6 +9,7 @@ d  sparse products against low-rank formats at equal numbers of values
 e  low-rank plus sparse against sparse and low rank alone, residual against masking
 f  a sum of reshaped low-rank matrices against one term
 g  shuffled entries against their own order, trained
+h  convolutions of one shape decomposed jointly (T-Net) against each by itself
 i  reconstruction layer by layer against training end to end
 
 A table for each. One thread, unless --threads says more. Data as the tasks in tasks/ say: in ../shared/data beside the
@@ -23,7 +24,7 @@ import time
 from pathlib import Path
 
 import torch
-from reproductions import equal_parameters, in_rounds, tensor_train_mnist, ways_of_training
+from reproductions import equal_parameters, in_rounds, joint_layers, tensor_train_mnist, ways_of_training
 from reproductions.base import Conditions, Reproduction
 
 REPRODUCTIONS: dict[str, Reproduction] = {
@@ -34,6 +35,7 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     "e": ways_of_training.PRUNED,
     "f": equal_parameters.RESHAPED_SUM,
     "g": equal_parameters.SHUFFLED,
+    "h": joint_layers.REPRODUCTION,
     "i": ways_of_training.MATCHED,
 }
 
