@@ -5,7 +5,8 @@
 
 LeNet-300-100 on MNIST with tasks/lenet300.py. For each number of rounds and each seed: the dense model through
 iterate, then, at once, svd of the ranks that the last round came to, tuned for as many epochs; both with the defaults
-of their methods. A line a pair, then means. MUSCO's claim is that rounds give no less. Needs DIR/models and DIR/sets.
+of their methods. A line a pair, then means. MUSCO's claim is that rounds give no less; (c) of papers.py is one seed of
+it. Needs models/ and sets/ in DIR; without it they are where papers.py says.
 """
 
 from __future__ import annotations
@@ -16,61 +17,41 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import torch
+from reproductions.base import Conditions
+from reproductions.in_rounds import EPOCHS, Pair, pair
 
-from tcompress import compress, finetune, load_task, make_method, open_checkpoint
-from tcompress.training.options import TrainingOptions
-from tcompress.training.tuning import TuningResult, needs_of, uses_of
-from tcompress.workflow.decoding import view
-from tcompress.workflow.plan import Plan, Rule, exactly
-
-TASK = Path(__file__).parent / "tasks" / "lenet300.py"
+from tcompress import make_method
+from tcompress.training.tuning import TuningResult
 
 
 def main() -> None:
     """Print a table."""
     asked = _arguments()
-    os.environ.setdefault("TCOMPRESS_DATA", str(asked.data))
-    dense = asked.data / "models" / "lenet300.safetensors"
+    if asked.data is not None:
+        os.environ["TCOMPRESS_DATA"] = str(asked.data)
     print(f"{'rounds':>6} {'seed':>4} {'ranks':>12} {'bytes':>7} {'untrained':>9} {'iterate':>8} {'at once':>8}")
     for rounds in asked.rounds:
+        method = make_method(
+            "iterate", rounds=rounds, weakening=asked.weakening, towards=asked.towards, layers=asked.layers
+        )
         gains = []
         for seed in asked.seeds:
             with tempfile.TemporaryDirectory() as folder:
-                one, other = _pair(dense, rounds, seed, asked, Path(folder))
-            gains.append(_accuracy(one) - _accuracy(other))
+                found = pair(Conditions(Path(folder), seed, None), method, asked.epochs)
+            _tell(found, rounds, seed)
+            gains.append(_accuracy(found.rounds) - _accuracy(found.at_once))
         spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
         print(f"{rounds:>6} mean of iterate - at once: {statistics.mean(gains):+.3f}, deviation {spread:.3f}")
 
 
-def _pair(
-    dense: Path, rounds: int, seed: int, asked: argparse.Namespace, folder: Path
-) -> tuple[TuningResult, TuningResult]:
-    method = make_method("iterate")
-    method = type(method)(rounds=rounds, weakening=asked.weakening, towards=asked.towards, layers=asked.layers)
-    options = TrainingOptions(epochs=asked.epochs, seed=seed, device=torch.device("cpu"))
-    task = load_task(str(TASK), needs_of(method), uses_of(method))
-    with open_checkpoint(dense) as checkpoint:
-        one = finetune(checkpoint, task, method, out=folder / "rounds.safetensors", options=options)
-        settings = _settings(folder / "rounds.safetensors")
-        plan = Plan(tuple(Rule(exactly(name), setting) for name, setting in settings.items()))
-        compress(checkpoint, plan, out=folder / "small.safetensors")
-        with open_checkpoint(folder / "small.safetensors") as small:
-            other = finetune(small, task, out=folder / "once.safetensors", against=checkpoint, options=options)
-    ranks = ",".join(str(setting.rank) for setting in settings.values())
+def _tell(found: Pair, rounds: int, seed: int) -> None:
+    one, other = found.rounds, found.at_once
     print(
-        f"{rounds:>6} {seed:>4} {ranks:>12} {other.output.nbytes:>7} {other.before.scores['accuracy']:>9.2f} "
+        f"{rounds:>6} {seed:>4} {found.ranks:>12} {other.output.nbytes:>7} {other.before.scores['accuracy']:>9.2f} "
         f"{_accuracy(one):>8.2f} {_accuracy(other):>8.2f}",
         *("" if len(one.rounds) == rounds else f"({len(one.rounds)} rounds, {one.rows[-1].epoch} epochs)",),
         flush=True,
     )
-    return one, other
-
-
-def _settings(path: Path) -> dict:
-    with open_checkpoint(path) as checkpoint:
-        found = view(checkpoint)
-        return {name: found.setting(name) for name in found.manifest.layers}
 
 
 def _accuracy(result: TuningResult) -> float:
@@ -83,12 +64,12 @@ def _arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=numbers, default=[2, 4])
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     parser.add_argument("--weakening", type=float, default=0.5)
     parser.add_argument("--towards", default="dense")
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[3] / "shared" / "data")
+    parser.add_argument("--data", type=Path, help="in place of TCOMPRESS_DATA")
     return parser.parse_args()
 
 

@@ -4,13 +4,13 @@
 
 a  MNIST by a tensor-train layer of ranks 1 to 4, trained from random cores (the slides' table)
 b  LeNet-300-100 by Learning-Compression: 5 % of the weights, learnt ranks
+c  rounds of compressing and training against all at once (MUSCO); more seeds of it: iterating.py
 d  sparse products against low-rank formats at equal numbers of values
 e  low-rank plus sparse against sparse and low rank alone, residual against masking
 f  a sum of reshaped low-rank matrices against one term
 g  shuffled entries against their own order, trained
+h  convolutions of one shape decomposed jointly (T-Net) against each by itself
 i  reconstruction layer by layer against training end to end
-
-Rounds against at once (MUSCO) is iterating.py.
 
 A table for each. One thread, unless --threads says more. Data as the tasks in tasks/ say: in ../shared/data beside the
 checkout, or where TCOMPRESS_DATA says. Nothing is kept between runs, and the same seed gives the same figures.
@@ -24,16 +24,18 @@ import time
 from pathlib import Path
 
 import torch
-from reproductions import equal_parameters, tensor_train_mnist, ways_of_training
+from reproductions import equal_parameters, in_rounds, joint_layers, tensor_train_mnist, ways_of_training
 from reproductions.base import Conditions, Reproduction
 
 REPRODUCTIONS: dict[str, Reproduction] = {
     "a": tensor_train_mnist.REPRODUCTION,
     "b": ways_of_training.LEARNT,
+    "c": in_rounds.REPRODUCTION,
     "d": equal_parameters.SPARSE_PRODUCTS,
     "e": ways_of_training.PRUNED,
     "f": equal_parameters.RESHAPED_SUM,
     "g": equal_parameters.SHUFFLED,
+    "h": joint_layers.REPRODUCTION,
     "i": ways_of_training.MATCHED,
 }
 

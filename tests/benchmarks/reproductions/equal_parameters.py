@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from reproductions.base import Conditions, Reproduction, Row
-from reproductions.lenet import EPOCHS, accuracy, plan_within, trained
+from reproductions.lenet import EPOCHS, plan_within, trained
+from reproductions.networks import accuracy
 from tcompress.formats import Format
 from tcompress.formats.cp import CP
 from tcompress.formats.reshaped_sum import ReshapedSum

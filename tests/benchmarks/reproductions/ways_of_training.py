@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reproductions.base import Conditions, Reproduction, Row
-from reproductions.lenet import accuracy, trained
+from reproductions.lenet import trained
+from reproductions.networks import accuracy
 from tcompress.formats import find_format
 from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD

@@ -1,7 +1,8 @@
 """Task: CIFAR-10 ResNet-20, for models/resnet20.th with --strip-prefix module.
 
 The data are in ../shared/data beside the checkout, or where TCOMPRESS_DATA says; TCOMPRESS_SCORED limits the images
-that are scored. They went through JPEG, which costs the dense model ten points: look at differences.
+that are scored, TCOMPRESS_TRAINED those that are learnt from, 5000 if it is not set. Both went through JPEG, which
+costs the dense model ten points, and training wins some of them back: look at differences.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ SCORED = int(os.environ.get("TCOMPRESS_SCORED", "0")) or None
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the channels, as the model was trained
 BLOCKS, WIDTHS = 3, (16, 32, 64)
 CALIBRATED, BATCH = 1000, 100
+TRAINED = int(os.environ.get("TCOMPRESS_TRAINED", "5000"))
+TRAIN_BATCH = 50  # pictures in a batch: few epochs of few pictures need many steps
 
 
 def normed(channels: int) -> nn.BatchNorm2d:
@@ -81,14 +84,25 @@ def pixels(pictures: np.ndarray) -> Tensor:
     return ((channels_first - mean) / deviation).contiguous()
 
 
-@functools.cache
-def test_set() -> tuple[Tensor, Tensor]:
-    """Return the pictures that are scored, and their classes; decoded once in a process."""
-    with np.load(SETS / "cifar10_testdev_jpg.npz") as stored:
-        files, offsets, classes = stored["jpg"].tobytes(), stored["offset"].tolist(), stored["y"][:SCORED]
+def decoded(name: str, most: int | None) -> tuple[Tensor, Tensor]:
+    """Return the first pictures of a set as inputs of the model, and their classes."""
+    with np.load(SETS / name) as stored:
+        files, offsets, classes = stored["jpg"].tobytes(), stored["offset"].tolist(), stored["y"][:most]
     spans = list(pairwise(offsets))[: len(classes)]
     pictures = [np.asarray(Image.open(io.BytesIO(files[start:end])).convert("RGB")) for start, end in spans]
     return pixels(np.stack(pictures)), torch.from_numpy(classes)
+
+
+@functools.cache
+def test_set() -> tuple[Tensor, Tensor]:
+    """Return the pictures that are scored, and their classes; decoded once in a process."""
+    return decoded("cifar10_testdev_jpg.npz", SCORED)
+
+
+@functools.cache
+def train_set() -> tuple[Tensor, Tensor]:
+    """Return the pictures to learn from, and their classes; decoded once in a process."""
+    return decoded("cifar10_train_jpg.npz", TRAINED)
 
 
 def model() -> nn.Module:
@@ -109,3 +123,15 @@ def calibration_batches() -> list[Tensor]:
     """Return training pictures, which are as they were before JPEG."""
     with np.load(SETS / "cifar10_calib4k.npz") as stored:
         return list(pixels(stored["x"][:CALIBRATED]).split(BATCH))
+
+
+def train_batches() -> list[tuple[Tensor, Tensor]]:
+    """Return the pictures to learn from, in another order each time."""
+    inputs, classes = train_set()
+    return [(inputs[chosen], classes[chosen]) for chosen in torch.randperm(len(classes)).split(TRAIN_BATCH)]
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the cross entropy."""
+    inputs, classes = batch
+    return F.cross_entropy(model(inputs), classes)
