@@ -1,4 +1,4 @@
-"""Training through codes: the layer that learns is the one that its codes make, and gradients pass as if it were not."""
+"""Training through codes: the layer that learns is the one that its codes make, and gradients pass by the rounding."""
 
 from __future__ import annotations
 
