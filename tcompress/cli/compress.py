@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -120,6 +119,7 @@ def compress(
     """
     from tcompress.cli.choices import plan_asked_for, planned_formats, reconstruction_of, task_of
     from tcompress.cli.console import show
+    from tcompress.cli.names import default_output
     from tcompress.cli.opened import opened
     from tcompress.report.documents import compression_document
     from tcompress.report.tables import compression_view
@@ -145,6 +145,9 @@ def compress(
     settings, kinds = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite), planned_formats(formats)
     _check_paths(report, save_plan)
     with opened(model, key=key, threads=threads, max_memory=max_memory) as (checkpoint, progress):
+        target = out or default_output(model, "tcompress")
+        if not dry_run:  # before a plan is made, which may take long
+            compression.checked_output(checkpoint, target, force=force)
         task = task_of(task_file, strip_prefix)
         reconstruction = reconstruction_of(checkpoint, task, strip_prefix, settings.device, repair=repair)
         plan = (
@@ -160,7 +163,7 @@ def compress(
                 progress=progress,
             ).plan
         )
-        run = compression.dry_run if dry_run else _writing(out, model, force=force)
+        run = compression.dry_run if dry_run else partial(compression.compress, out=target, force=force)
         result = run(
             checkpoint,
             plan,
@@ -194,13 +197,6 @@ def _refuse_beside(asked: Plan | None, **given: bool) -> None:
     said = [f"--{name.replace('_', '-')}" for name, is_given in given.items() if is_given]
     if asked is not None and said:
         raise UsageError(f"{' and '.join(said)} say how a plan is made; leave that out beside --format or --plan")
-
-
-def _writing(out: Path | None, model: Path, *, force: bool) -> Callable[..., CompressionResult]:
-    from tcompress.cli.names import default_output
-    from tcompress.workflow import compression
-
-    return partial(compression.compress, out=out or default_output(model, "tcompress"), force=force)
 
 
 def _check_paths(report: Path | None, save_plan: Path | None) -> None:

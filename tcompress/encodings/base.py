@@ -241,7 +241,7 @@ class Coding:
 
         Beside the factor this takes a byte for each element, for int8 on a support two, for int4 on a support its
         values in float32, and for int3 up to 28 bytes for each stored value. Positions take 8 bytes for each stored
-        value of csr, up to 24 of delta8, and up to 120 of elias-fano. On CUDA
+        value of csr, up to 24 of delta8, and up to 140 of elias-fano. On CUDA
         masked_scatter takes another 8 bytes for each element of bitmask and n:m.
         """
         parts = self._own(parts)

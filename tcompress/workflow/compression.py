@@ -65,12 +65,7 @@ def compress(
     """
     started = time.perf_counter()
     out, settings = Path(out), settings or Settings()
-    if checkpoint.folder is None and out.suffix != SAFETENSORS_SUFFIX:
-        raise UsageError(
-            f"compressed checkpoints are safetensors files; end the name with {SAFETENSORS_SUFFIX}", path=out
-        )
-    output = Output(out, is_folder=checkpoint.folder is not None, force=force, inputs=_inputs(checkpoint))
-    output.check()
+    output = checked_output(checkpoint, out, force=force)
     layout = layout_of(checkpoint, max_shard_bytes)
     _require_dense(checkpoint)
     check_plan(checkpoint, find_layers(checkpoint), plan, settings)
@@ -97,6 +92,20 @@ def compress(
     written = measure(out, checkpoint.folder is not None)
     found = _result(checkpoint, source, decisions, results, written, [*_story(journal), *remarks], started)
     return replace(found, repairs=repaired[1])
+
+
+def checked_output(checkpoint: Checkpoint, out: Path, *, force: bool) -> Output:
+    """Return the output of a compression, nothing of it written yet.
+
+    Raises UsageError for a file without the suffix of safetensors, OutputError when it exists or cannot be written.
+    """
+    if checkpoint.folder is None and out.suffix != SAFETENSORS_SUFFIX:
+        raise UsageError(
+            f"compressed checkpoints are safetensors files; end the name with {SAFETENSORS_SUFFIX}", path=out
+        )
+    output = Output(out, is_folder=checkpoint.folder is not None, force=force, inputs=_inputs(checkpoint))
+    output.check()
+    return output
 
 
 def run_of(

@@ -53,6 +53,19 @@ def test_one_budget_is_enough(tcompress, dense):
     assert tcompress("verify", "s.safetensors", "--against", dense).code == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [("out", 2, "end the name with .safetensors"), ("there.safetensors", 7, "exists")],
+)
+def test_where_to_write_is_known_to_be_right_before_a_task_runs(name, code, message, tcompress, small):
+    (small.parent / "task.py").write_text("raise RuntimeError('it ran')")
+    (small.parent / "there.safetensors").write_bytes(b"")
+    done = tcompress("compress", small, "--keep", "0.3", "--task", "task.py", "-o", name)
+    assert (done.code, done.out) == (code, "")
+    assert message in done.err
+    assert "it ran" not in done.err
+
+
 def test_a_plan_that_was_written_does_what_the_budget_does(tcompress, dense):
     budget = ("--max-bytes", "15kB", "--formats", "svd,sparse")
     shown = tcompress("plan", dense, *budget, "-o", "plan.json")
