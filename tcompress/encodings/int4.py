@@ -114,7 +114,10 @@ def _quantised(groups: Tensor) -> tuple[Tensor, Tensor]:
         best, least = _better(groups, (extreme * (part / LEAST)).to(torch.float16), best, least)
     codes = _codes(groups, best)
     fitted = (groups * codes).sum(dim=1, keepdim=True) / codes.square().sum(dim=1, keepdim=True).clamp_min(1)
-    best, _ = _better(groups, fitted.to(torch.float16), best, least)
+    # The largest magnitude keeps a code of 7 or 8: by these the scale is found again when values are encoded again.
+    found = fitted.to(torch.float16)
+    is_found_again = _codes(extreme, found).abs() >= MOST
+    best, _ = _better(groups, torch.where(is_found_again, found, best), best, least)
     return best.reshape(-1), _codes(groups, best).to(torch.int8)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tcompress.errors import TaskError, TcompressError, UsageError
 from tcompress.training.batches import seed_all
+from tcompress.training.coded import ThroughCodes, through_codes
 from tcompress.training.comparing import KL, SQUARED, Comparison, Measure, answers_of
 from tcompress.training.distillation import Call, calls_of
 from tcompress.training.objective import Method, Objective, Setup
@@ -48,7 +49,7 @@ class Reconstruct(Method):
     all steps, the last ones, in which the model as a whole learns to give the dense model's outputs. outputs: by which
     measure it does: ``squared``, that of the units, of everything that it gives; ``kl``, the divergence of logits that
     ``distill`` has by default. batches: ``train`` for train_batches, ``calibration`` for calibration_batches, which are
-    inputs of the model; ``auto`` for the first of the two that the task has.
+    inputs of the model; ``auto`` for the first of the two that the task has. through_codes: as of ``finetune``.
     """
 
     by: str = LAYER
@@ -56,6 +57,7 @@ class Reconstruct(Method):
     end_to_end: float = 0.5
     outputs: str = "squared"
     batches: str = "auto"
+    through_codes: bool = True
 
     name: ClassVar[str] = "reconstruct"
     summary: ClassVar[str] = "what each layer or block of the dense model gives; no labels"
@@ -84,7 +86,8 @@ class Reconstruct(Method):
 
     def objective(self, setup: Setup) -> Objective:
         assert setup.teacher is not None, "it has one"  # noqa: S101
-        return Matching(self, setup.task, setup.model, setup.teacher)
+        codes = through_codes(setup.model, asked=self.through_codes)
+        return Matching(self, setup.task, setup.model, setup.teacher, codes)
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,14 @@ class Matching(Objective):
     """The mean over units of their relative squared error.
 
     Both models are in evaluation mode: statistics of normalisations stay as they are, and nothing is dropped. What lies
-    between units does not learn, and no gradient goes from one to another. What is stored in few bits is matched before
-    it is rounded.
+    between units does not learn, and no gradient goes from one to another. codes: of the student's factors, through
+    which it learns.
     """
 
-    def __init__(self, method: Reconstruct, task: Task, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(
+        self, method: Reconstruct, task: Task, student: nn.Module, teacher: nn.Module, codes: ThroughCodes | None
+    ) -> None:
+        self._codes = codes
         self._task, self._student, self._teacher = task, student, teacher
         self._asks_loss = task.batches == TRAIN and task.has("loss")
         units = find_units(student, teacher, method.by, self._called(), task.path)
@@ -125,6 +131,8 @@ class Matching(Objective):
         return cosine(step - phase.first, phase.last - phase.first)
 
     def begin_step(self, step: int, steps: int) -> None:
+        if self._codes is not None:
+            self._codes.begin_step(step)
         self._phase = self._phase_at(step, steps)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:

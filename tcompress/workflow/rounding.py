@@ -63,7 +63,7 @@ def _free(values: Tensor, steps: Tensor, levels: Levels) -> Tensor:
     By these the scales are found again when the values are encoded once more.
     """
     codes = levels.codes(_multiples(values, steps))
-    return torch.where((codes == 0) | (codes <= levels.least) | (codes >= levels.most), 0, steps)
+    return torch.where((codes == 0) | (codes.abs() >= levels.most), 0, steps)
 
 
 def _rebuilt(stored: Mapping[str, StoredFactor], setting: Format, target: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def test_json_is_the_only_thing_on_stdout_and_its_keys_stay(tcompress, small, fi
         "history", "device", "processes", "precision", "problem", "notes", "seconds", "peak_memory_bytes",
     ]  # fmt: skip
     assert document["method"] == {
-        "name": "distill", "alpha": 0.5, "temperature": 3.0, "kl_direction": "teacher-student",
+        "name": "distill", "alpha": 0.5, "temperature": 3.0, "kl_direction": "teacher-student", "through_codes": True,
     }  # fmt: skip
     assert document["output"]["path"] == "small.tuned.safetensors"
     assert document["history"] == json.loads(Path("h.json").read_text())

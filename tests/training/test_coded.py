@@ -76,7 +76,7 @@ def test_nothing_is_coded_where_nobody_asks_or_nothing_is_stored_as_codes(learne
     assert not any(name.endswith("steps") for name in model.state_dict())
 
 
-@pytest.mark.parametrize("method", ["finetune", "distill:alpha=1"])
+@pytest.mark.parametrize("method", ["finetune", "distill:alpha=1", "reconstruct:end_to_end=1"])
 def test_few_bits_are_worth_more_when_they_are_learnt_through(method, small, tune, fixtures):
     path, scores = small(SVD(12), INT3), {}
     for through in ("true", "false"):

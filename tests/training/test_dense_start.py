@@ -156,11 +156,14 @@ def test_compressed_checkpoints_and_plans_for_them_are_refused(late, small):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("distill:beta=1", "--method distill: has no option beta; it has alpha, temperature, kl_direction"),
+        (
+            "distill:beta=1",
+            "--method distill: has no option beta; it has alpha, temperature, kl_direction, through_codes",
+        ),
         ("distill:alpha=much", "--method distill: alpha is as 0.9, got 'much'"),
         ("distill:alpha=true", "--method distill: alpha is as 0.9, got True"),
         ("distill:alpha", "--method distill: 'alpha' is no option; write distill:option=value"),
-        ("finetune:alpha=1", "--method finetune: has no option alpha; it has none"),
+        ("finetune:alpha=1", "--method finetune: has no option alpha; it has through_codes"),
         ("distill:alpha=2", "--alpha must be from 0 to 1, got 2"),
     ],
 )

@@ -60,7 +60,8 @@ def test_distilling_raises_the_score_and_differs_from_the_loss_alone(small, tune
     path, dense = small(SVD(rank=4)), fixtures / "digits_mlp.safetensors"
     distilled = tune(path, make_method("distill"), against=dense)
     assert distilled.after.scores["accuracy"] > distilled.before.scores["accuracy"]
-    assert distilled.method == {"name": "distill", "alpha": 0.9, "temperature": 3.0, "kl_direction": "student-teacher"}
+    options = {"alpha": 0.9, "temperature": 3.0, "kl_direction": "student-teacher", "through_codes": True}
+    assert distilled.method == {"name": "distill", **options}
     alone = tune(path, make_method("distill", alpha=1.0), against=dense, out="alone.safetensors")
     plain = tune(path, out="plain.safetensors")
     assert alone.output.sha256 != distilled.output.sha256
