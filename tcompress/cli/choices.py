@@ -12,6 +12,7 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.errors import UsageError
 from tcompress.formats import FORMATS, Format, find_format, make, parse
 from tcompress.formats.grouped import GroupFormat
+from tcompress.workflow.assumed import SMOOTH
 from tcompress.workflow.plan import Plan, Target, plan_for, read_plan
 from tcompress.workflow.reconstruction import Reconstruction
 from tcompress.workflow.task import Task, load_task
@@ -52,6 +53,7 @@ def plan_asked_for(
     tolerance: float | None,
     seed: int,
     rank_rule: str | None = None,
+    inputs: str | None = None,
 ) -> Plan | None:
     """Return the plan that --plan, or --format with what stands beside it, says; None where one is to be made.
 
@@ -67,8 +69,12 @@ def plan_asked_for(
         return None
     if format_name is not None:
         (choice,) = choices([format_name], rank=rank, keep=keep, tolerance=tolerance, seed=seed, rank_rule=rank_rule)
-        return plan_for(choice, include=include or (), exclude=exclude or (), one_threshold=one_threshold)
-    if include or exclude or one_threshold or any(budget is not None for budget in (rank, keep, tolerance, rank_rule)):
+        smooth = SMOOTH if inputs == SMOOTH else None
+        return plan_for(
+            choice, include=include or (), exclude=exclude or (), one_threshold=one_threshold, inputs=smooth
+        )
+    said = (rank, keep, tolerance, rank_rule, inputs)
+    if include or exclude or one_threshold or any(each is not None for each in said):
         raise UsageError("--plan says everything about layers and formats; leave the other options to it")
     assert plan_file is not None  # noqa: S101
     return read_plan(plan_file)

@@ -18,6 +18,7 @@ from tcompress.cli.options import (
     FormatName,
     Formats,
     Include,
+    Inputs,
     Json,
     Keep,
     Key,
@@ -89,6 +90,7 @@ def compress(
     formats: Formats = None,
     flops: Flops = None,
     rank_multiple: RankMultiple = 1,
+    inputs: Inputs = None,
     task_file: TaskFile = None,
     strip_prefix: StripPrefix = "",
     repair: Repair = True,
@@ -124,9 +126,11 @@ def compress(
     from tcompress.report.documents import compression_document
     from tcompress.report.tables import compression_view
     from tcompress.workflow import compression
+    from tcompress.workflow.assumed import check_inputs
     from tcompress.workflow.budgeting import make_plan, matching
     from tcompress.workflow.settings import Settings
 
+    check_inputs(inputs, are_known=task_file is not None)
     byte_limit, shard_bytes = parse_size(max_bytes, "--max-bytes"), parse_size(max_shard_size, "--max-shard-size")
     asked = plan_asked_for(
         plan_file,
@@ -139,6 +143,7 @@ def compress(
         tolerance=tolerance,
         seed=seed,
         rank_rule=rank_rule,
+        inputs=inputs,
     )
     budget = _budget(keep, byte_limit, flops) if asked is None else {}
     _refuse_beside(asked, formats=formats is not None, flops=flops is not None, rank_multiple=rank_multiple != 1)
@@ -160,6 +165,7 @@ def compress(
                 settings=settings,
                 rank_multiple=rank_multiple,
                 reconstruction=reconstruction,
+                inputs=inputs,
                 progress=progress,
             ).plan
         )

@@ -95,6 +95,14 @@ StripPrefix = Annotated[
     str,
     typer.Option(help="What the names in the file begin with and the model's do not, such as 'module.'", metavar="P"),
 ]
+Inputs = Annotated[
+    str | None,
+    typer.Option(
+        help="What is assumed of convolutions' inputs where no data show them: smooth (neighbours are alike) or plain "
+        "(all errors of the weight count alike); default: smooth in a plan that is made, plain with --format.",
+        metavar="smooth|plain",
+    ),
+]
 Formats = Annotated[
     str | None,
     typer.Option(help="Formats that a plan chooses from, as svd,sparse; default: every quick one.", metavar="A,B,..."),

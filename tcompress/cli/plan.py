@@ -14,6 +14,7 @@ from tcompress.cli.options import (
     Flops,
     Formats,
     Include,
+    Inputs,
     Json,
     Keep,
     Key,
@@ -85,6 +86,7 @@ def plan(
     stats: Stats = None,
     formats: Formats = None,
     rank_multiple: RankMultiple = 1,
+    inputs: Inputs = None,
     include: Include = None,
     exclude: Exclude = None,
     explain: Explain = None,
@@ -112,7 +114,8 @@ def plan(
     from tcompress.report.planning import planning_document, planning_view
     from tcompress.report.writing import PLAN_SUFFIXES, check_path, write_plan
     from tcompress.workflow import drop, tracing
-    from tcompress.workflow.budgeting import choose, matching
+    from tcompress.workflow.assumed import check_inputs
+    from tcompress.workflow.budgeting import choose, matching, usual_inputs
     from tcompress.workflow.choices import choices_of
     from tcompress.workflow.evaluations import Evaluations
     from tcompress.workflow.settings import Settings
@@ -120,6 +123,7 @@ def plan(
     budget = _budget(max_drop, keep, parse_size(max_bytes, "--max-bytes"), max_error, flops)
     settings, kinds = Settings(pick_dtype(dtype), pick_device(device)), planned_formats(formats)
     _require_one_source(task_file, stats, max_drop)
+    check_inputs(inputs, are_known=task_file is not None or stats is not None)
     check_path(out, PLAN_SUFFIXES)
     evaluations = Evaluations(None if out is None or max_drop is None else out.with_suffix(EVALUATIONS))
     statistics = None if stats is None else read_statistics(stats)
@@ -136,6 +140,7 @@ def plan(
             reconstruction=reconstruction,
             statistics=statistics,
             for_flops=flops is not None,
+            inputs=inputs or usual_inputs(budget),
             progress=progress,
         )
         if budget is not None:

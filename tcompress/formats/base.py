@@ -137,7 +137,8 @@ class Format(ABC):
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> Factorization:
         """Return the best factorization of a finite float32 weight that this setting allows.
 
-        gram: the second moment E[x xT] of the layer's input, (fan_in, fan_in), or its diagonal (fan_in,). With it the
+        gram: the second moment E[x xT] of the layer's input, (fan_in, fan_in), or its diagonal (fan_in,), or one block
+        (b, b), b a divisor of fan_in, that stands on its diagonal again and again with zeros elsewhere. With it the
         error of the layer's output becomes small, tr(E G ET) for E = weight - reconstruction as (out, fan_in), and is
         never larger than that of the fit without; None stands for the identity.
         Pure and deterministic. Raises NumericalError when the computation breaks down, or gram is no second moment.

@@ -168,7 +168,7 @@ def alternate_for_output(
 ) -> tuple[Factorization, Tensor]:
     """Return low-rank and sparse part, the latter (out, fan_in), with a small error of the layer's output."""
     matrix, root = solver.scaled(solver.arranged(weight)), root_of(gram)
-    scale = scales_of(gram)
+    scale = scales_of(gram, matrix.shape[1])
     part = solver.start(matrix)
     if isinstance(solver, MatrixSolver):
         scaled = _settled(solver, matrix * scale, count, rounds)

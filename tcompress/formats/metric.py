@@ -1,7 +1,8 @@
 """Which errors of a weight count how much, and the fit that makes those small.
 
-Letters: E = weight - its reconstruction, (out, fan_in); G = second moment of the layer's input, (fan_in, fan_in), or
-its diagonal; c = how much each row counts, (out,): of an embedding, how often it is looked up.
+Letters: E = weight - its reconstruction, (out, fan_in); G = second moment of the layer's input, (fan_in, fan_in), its
+diagonal, or the block that its diagonal repeats, as in linalg/output_error; c = how much each row counts, (out,): of an
+embedding, how often it is looked up.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tcompress.errors import NumericalError
 from tcompress.formats.base import Factorization, Format, matrix_of
-from tcompress.linalg.output_error import require_moment, times
+from tcompress.linalg.output_error import diagonal_of, require_moment, root_of, times
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,23 @@ class Metric:
         return float(rows.sum().square() / rows.square().sum()) * weight[0].numel()
 
     def seen_in(self, weight: Tensor) -> Tensor:
-        """Return the weight with its columns at the size of their inputs, or its rows at what they count."""
+        """Return the weight with its columns at the size of their inputs, or its rows at what they count.
+
+        A block is seen whole: the squared norm of what comes back is the error of the output, without the layer.
+        """
         if self.is_plain:
             return weight
         if self.rows is not None:
             return weight * self._sizes(weight)
         assert self.gram is not None  # noqa: S101
-        diagonal = self.gram if self.gram.ndim == 1 else self.gram.diagonal()
-        return (matrix_of(weight) * diagonal.sqrt()).reshape(weight.shape)
+        matrix = matrix_of(weight)
+        if self.is_block_of(weight):
+            return times(matrix, root_of(self.gram)).reshape(weight.shape)
+        return (matrix * diagonal_of(self.gram, matrix.shape[1]).sqrt()).reshape(weight.shape)
+
+    def is_block_of(self, weight: Tensor) -> bool:
+        """Tell whether this is a block that the moment of the weight's inputs repeats."""
+        return self.gram is not None and self.gram.ndim == 2 and len(self.gram) < weight[0].numel()
 
     def fit(self, setting: Format, weight: Tensor) -> Factorization:
         """Return the fit of which the error in this metric is small. Raises as ``Format.fit``.

@@ -17,6 +17,7 @@ from tcompress.errors import NumericalError
 from tcompress.formats.base import Factorization, matrix_of
 from tcompress.formats.metric import Metric
 from tcompress.linalg.multilinear import refine
+from tcompress.linalg.output_error import whole_of
 from tcompress.linalg.svd import scaled_to_unit, times_power_of_two
 
 Factors = Mapping[str, Tensor]
@@ -89,9 +90,9 @@ def refined_together(load: Load, found: Fit, weights: Sequence[Tensor], metrics:
 
 
 def of_inputs(metric: Metric, fan_in: int) -> Tensor:
-    """Return G or its diagonal; where rows count, a diagonal as if all of them counted alike."""
+    """Return G whole or its diagonal; where rows count, a diagonal as if all of them counted alike."""
     if metric.gram is not None:
-        return metric.gram
+        return metric.gram if metric.gram.ndim == 1 else whole_of(metric.gram, fan_in)
     assert metric.rows is not None, "it is a unit metric"  # noqa: S101
     return metric.rows.mean().expand(fan_in)
 

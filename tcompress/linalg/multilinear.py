@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tcompress.linalg.output_error import output_error, times
+from tcompress.linalg.output_error import diagonal_of, output_error, times
 from tcompress.linalg.svd import scaled_to_unit, times_power_of_two
 
 Rebuild = Callable[[Sequence[Tensor]], Tensor]
@@ -56,8 +56,8 @@ def refine(
     """Return factors with a smaller tr(E G ET): never worse than the given ones, as far as rounding can tell.
 
     rebuild: factors -> (m, n), linear (or, with a summand it does not enter, affine) in each of them, differentiable,
-    in whatever type they have. target: (m, n), finite. gram: (n, n), or its diagonal (n,), of moderate size. Several
-    matrices may be one target, (N, m, n), each with a moment of its own, (N, n, n); the sum of their errors counts.
+    in whatever type they have. target: (m, n), finite. gram: as in output_error, of moderate size. Several matrices may
+    be one target, (N, m, n), each with a moment of its own, (N, n, n); the sum of their errors counts.
     keeps_zeros: entries that are zero stay so: the supports of sparse factors. rounds: over all factors, at most.
     """
     scaled, exponent = scaled_to_unit(target.detach())
@@ -133,7 +133,7 @@ def _curvatures(problem: _Problem, state: Sequence[Tensor], position: int) -> Te
     """
     squares = [factor.square() for factor in state]
     gram = problem.gram
-    weights = (gram if gram.ndim == 1 else gram.diagonal(dim1=-2, dim2=-1)).clamp_min(0).unsqueeze(-2)
+    weights = diagonal_of(gram, problem.target.shape[-1]).clamp_min(0).unsqueeze(-2)
     weights = times_power_of_two(weights, -problem.exponent)  # the unit enters squared, like the factors
     with torch.enable_grad():
         variable = squares[position].requires_grad_()

@@ -1,7 +1,8 @@
 """Low-rank and sparse fits that minimise the error of a layer's OUTPUT, given the second moment of its input.
 
 Letters: A = the matrix (m, n); L, S = its low-rank and sparse parts; E = A - L - S; G = the second moment E[x xT],
-(n, n), or its diagonal (n,); d = square roots of the diagonal; k = entries of S that are not zero.
+(n, n), or its diagonal (n,), or one block (b, b) of it, b a divisor of n, that stands on its diagonal n / b times, with
+zeros elsewhere; d = square roots of the diagonal; k = entries of S that are not zero.
 
 The error minimised is tr(E G ET), the mean square of E x. With the diagonal alone that is the alternation of OATS,
 with all of G the problem of HASSLE-free and 3BASiL.
@@ -39,8 +40,9 @@ Keep = Callable[[Tensor], Tensor]  # values -> a copy that is zero but where the
 
 
 def require_moment(gram: Tensor, fan_in: int) -> None:
-    """Raise NumericalError unless ``gram`` is a finite second moment, or the diagonal of one, of so many inputs."""
-    if tuple(gram.shape) not in {(fan_in,), (fan_in, fan_in)}:
+    """Raise NumericalError unless ``gram`` is a finite second moment of so many inputs, its diagonal or its block."""
+    block = gram.shape[-1] if gram.ndim == 2 else fan_in
+    if tuple(gram.shape) not in {(fan_in,), (block, block)} or not block or fan_in % block:
         raise NumericalError(f"a second moment of {fan_in} inputs cannot have the shape {tuple(gram.shape)}")
     diagonal = gram if gram.ndim == 1 else gram.diagonal()
     if not bool(torch.isfinite(gram).all()) or bool((diagonal < 0).any()) or not bool((diagonal > 0).any()):
@@ -48,8 +50,26 @@ def require_moment(gram: Tensor, fan_in: int) -> None:
 
 
 def times(error: Tensor, gram: Tensor) -> Tensor:
-    """Return ``error @ G``, G given whole or by its diagonal."""
-    return error * gram if gram.ndim == 1 else error @ gram
+    """Return ``error @ G``, G given whole, by its diagonal or by its block."""
+    if gram.ndim == 1:
+        return error * gram
+    block = gram.shape[-1]
+    if block == error.shape[-1]:
+        return error @ gram
+    return (error.reshape(*error.shape[:-1], -1, block) @ gram).reshape(error.shape)
+
+
+def diagonal_of(gram: Tensor, fan_in: int) -> Tensor:
+    """Return the diagonal of G, (..., n), of so many inputs."""
+    diagonal = gram if gram.ndim == 1 else gram.diagonal(dim1=-2, dim2=-1)
+    return diagonal if diagonal.shape[-1] == fan_in else diagonal.repeat(fan_in // diagonal.shape[-1])
+
+
+def whole_of(gram: Tensor, fan_in: int) -> Tensor:
+    """Return G itself, (n, n), for what cannot do with less."""
+    if gram.ndim == 1:
+        return gram.diag()
+    return torch.kron(torch.eye(fan_in // len(gram)).to(gram), gram)
 
 
 def output_error(error: Tensor, gram: Tensor) -> float:
@@ -62,7 +82,10 @@ def _root_of_product(error: Tensor, pull: Tensor) -> float:
 
 
 def root_of(gram: Tensor) -> Tensor:
-    """Return C (n, n) with C CT = G, from eigenvalues: G may be singular, and none is inverted. Diagonals stay (n,)."""
+    """Return C with C CT = G, from eigenvalues: G may be singular, and none is inverted. Of a block, that of the block.
+
+    Diagonals stay (n,).
+    """
     if gram.ndim == 1:
         return gram.sqrt()
     values, vectors = symmetric_eigen(gram.double())
@@ -111,7 +134,7 @@ def alternate_in_metric(
     gram: finite, at least one positive entry on the diagonal. part: to begin with. low_rank: (A - S, previous part) ->
     a part with a smaller error. count: of nonzeros in S, 0 < count < m n.
     """
-    scale = scales_of(gram)
+    scale = scales_of(gram, matrix.shape[1])
 
     def keep(values: Tensor) -> Tensor:
         return keep_largest(values, count)
@@ -139,7 +162,7 @@ def sparse_in_metric(target: Tensor, gram: Tensor, keep: Keep) -> Tensor:
     At first those of A whose input is large as well, |A_ij| sqrt(G_jj): with a diagonal G nothing is better. Otherwise
     the support is moved as long as that lowers the error; least squares in the end.
     """
-    target, scale = target.contiguous(), scales_of(gram)
+    target, scale = target.contiguous(), scales_of(gram, target.shape[1])
     sparse = torch.where(keep(target * scale) != 0, target, 0)
     if gram.ndim == 1:
         return sparse
@@ -162,9 +185,9 @@ def _dense(part: Summand, like: Tensor) -> Tensor:
     return dense
 
 
-def scales_of(gram: Tensor) -> Tensor:
-    """Return d, in which all inputs count alike; inputs that are always zero count a little, to be divided by."""
-    root = (gram if gram.ndim == 1 else gram.diagonal()).clamp_min(0).sqrt()
+def scales_of(gram: Tensor, fan_in: int) -> Tensor:
+    """Return d (n,), in which all inputs count alike; those that are always zero count a little, to be divided by."""
+    root = diagonal_of(gram, fan_in).clamp_min(0).sqrt()
     return root.clamp_min(1e-6 * float(root.max()))
 
 
@@ -203,7 +226,7 @@ def refit_on_support(target: Tensor, sparse: Tensor, gram: Tensor, *, steps: int
     support = sparse != 0
     if gram.ndim == 1:
         return torch.where(support, target, 0)
-    scale = scales_of(gram)
+    scale = scales_of(gram, target.shape[1])
     start = output_error(target - sparse, gram)
     squared_error = start**2
     values, rest = sparse, torch.where(support, times(target - sparse, gram), 0)

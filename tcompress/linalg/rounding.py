@@ -1,7 +1,7 @@
 """Rounding to grids that are given, one column after the other, each error made good by the others.
 
 Letters: T = what is to be approximated (m, n); Q = the values on their grids; s = the distance of neighbouring grid
-points, one for each entry; G = second moment of the layer's input (n, n); P = (T - Q) G.
+points, one for each entry; G = second moment of the layer's input, as in output_error; P = (T - Q) G.
 
 With all else fixed tr((T - Q) G (T - Q)T) is least in entry (i, j) at Q_ij + P_ij / G_jj, and on the grid at the point
 nearest to it: each step lowers the error or leaves it.
@@ -30,9 +30,12 @@ def descend_on_grid(
     """Return values on the same grids as ``start`` with a smaller tr((T - Q) G (T - Q)T), never a larger one.
 
     target, start: (m, n). step: (m, n), zero where an entry stays as it is; others become no zeros, which would not be
-    stored. bounds: least and largest code c; its point is sign(c) * (|c| - shift) steps, shift at most 1. gram: (n, n),
-    or its diagonal (n,), for which each entry is by itself. Computed in the type of ``target``.
+    stored. bounds: least and largest code c; its point is sign(c) * (|c| - shift) steps, shift at most 1. gram: of a
+    diagonal each entry is by itself; of a block, each part of a row. Computed in the type of ``target``.
     """
+    shape = target.shape
+    if gram.ndim == 2:
+        target, start, step = (each.reshape(-1, len(gram)) for each in (target, start, step))
     smallest = 1 if shift < 1 else 2  # code that is no zero
     found = start.to(target).clone()
     step = step.to(target)
@@ -58,4 +61,4 @@ def descend_on_grid(
                 own.addr_(point - found[:, j], whole[j, columns], alpha=-1)
                 found[:, j] = point
             pull.addmm_(found[:, columns] - before, whole[columns], alpha=-1)
-    return found
+    return found.reshape(shape)

@@ -1,6 +1,6 @@
 """Pruning and rounding in one pass over the columns, each error made good by the columns that follow.
 
-Letters: W = the weight as its matrix (m, n); G = the second moment of its input, (n, n), or its diagonal (n,);
+Letters: W = the weight as its matrix (m, n); G = the second moment of its input, as in output_error;
 H = G + a part of its mean diagonal; U = the upper triangle with UT U = H^-1, so that U_jj^2 is the j-th diagonal entry
 of the inverse of what H is for the inputs j, j + 1, ..., n.
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tcompress.errors import NumericalError
 from tcompress.linalg.magnitude import keep_in_groups, keep_largest
-from tcompress.linalg.output_error import require_moment
+from tcompress.linalg.output_error import require_moment, whole_of
 from tcompress.linalg.svd import scaled_to_unit, times_power_of_two
 
 Rounding = Callable[[Tensor], Tensor]
@@ -54,8 +54,8 @@ def surgeon(
     # A rounding knows the weight's own scale.
     rounding = round_values if round_values is None or not exponent else _at_scale(round_values, exponent)
     left = scaled.to(torch.float64, copy=True)
-    upper = _triangle(gram.to(left), damping)
     n = weight.shape[1]
+    upper = _triangle(whole_of(gram.to(left), n), damping)
     size = pattern[1] if pattern else 1
     block = max(1, block // size) * size
     kept = 0
@@ -99,10 +99,9 @@ def _triangle(gram: Tensor, damping: float) -> Tensor:
 
     An input that is always zero has the damping alone on the diagonal: its weights cost next to nothing.
     """
-    diagonal = gram if gram.ndim == 1 else gram.diagonal()
-    mean = float(diagonal.mean())
-    identity = torch.eye(len(diagonal), dtype=gram.dtype, device=gram.device)
-    whole = gram.diag() if gram.ndim == 1 else (gram + gram.T) / 2
+    mean = float(gram.diagonal().mean())
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    whole = (gram + gram.T) / 2
     for trial in range(_TRIALS):
         amount = damping if trial == 0 else max(damping, _LEAST_DAMPING) * 10.0 ** (trial - 1)
         lower, failed = torch.linalg.cholesky_ex(whole + amount * mean * identity)

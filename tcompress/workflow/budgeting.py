@@ -19,6 +19,7 @@ from tcompress.checkpoint.statistics_file import Statistics
 from tcompress.errors import UsageError
 from tcompress.formats import Format
 from tcompress.workflow.allocation import allocate
+from tcompress.workflow.assumed import PLAIN_INPUTS, SMOOTH, check_inputs
 from tcompress.workflow.budgets import Budget, limit_of, points_of, unmet
 from tcompress.workflow.cheapest import cheapest_within
 from tcompress.workflow.choices import Choices, choices_of
@@ -39,7 +40,7 @@ class PlannedLayer:
     """A layer, what was chosen for it, and what it was chosen from. importance: what its error counts.
 
     multiplications: on one run of the model, dense_multiplications: of the dense layer; of one position each where no
-    run is known.
+    run is known. inputs: what was assumed of the layer's, if anything.
     """
 
     layer: Layer
@@ -49,6 +50,7 @@ class PlannedLayer:
     why: str
     multiplications: int
     dense_multiplications: int
+    inputs: str | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def make_plan(
     rank_multiple: int = 1,
     reconstruction: Reconstruction | None = None,
     statistics: Statistics | None = None,
+    inputs: str | None = None,
     progress: Progress = silent,
 ) -> Planned:
     """Return the plan of the smallest loss found within a budget; one of keep, max_bytes, max_error and flops is given.
@@ -98,12 +101,14 @@ def make_plan(
     settings: its ``store`` is the only stored type tried, where it is given. rank_multiple: of which all ranks are.
     reconstruction: a model and inputs, by which errors are those of the layers' outputs, and weighed by what they do to
     the model's. statistics: of this checkpoint, from ``calibrate``, in the place of a model: errors of outputs, weighed
-    by their sensitivities.
+    by their sensitivities. inputs: what is assumed of them without either, ``smooth`` or ``plain``; None: what
+    ``usual_inputs`` says.
 
     Raises LimitError, with the smallest possible, when no choice fits the budget; UsageError for a compressed
     checkpoint, or without layers.
     """
     budget = Budget(keep, max_bytes, max_error, flops)
+    check_inputs(inputs, are_known=reconstruction is not None or statistics is not None)
     choices = choices_of(
         checkpoint,
         layers=layers,
@@ -113,9 +118,15 @@ def make_plan(
         reconstruction=reconstruction,
         statistics=statistics,
         for_flops=flops is not None,
+        inputs=inputs or usual_inputs(budget),
         progress=progress,
     )
     return choose(choices, budget)
+
+
+def usual_inputs(budget: Budget | None) -> str:
+    """Return what is assumed of inputs unasked: a limit of errors is one of the weights' own."""
+    return PLAIN_INPUTS if budget is not None and budget.max_error is not None else SMOOTH
 
 
 def choose(choices: Choices, budget: Budget) -> Planned:
@@ -187,6 +198,7 @@ def _planned(layer: Layer, chosen: Candidate, curve: Sequence[Candidate], known:
         _why(layer, chosen, known),
         multiplications(layer, chosen.format, calls),
         multiplications(layer, None, calls),
+        known.inputs_of(layer),
     )
 
 
@@ -198,14 +210,17 @@ def _rule(planned: PlannedLayer) -> Rule:
         "expected_error": float(f"{math.sqrt(chosen.loss):.4g}"),
         "why": planned.why,
     }
-    return Rule(exactly(layer.name), chosen.format, comments=comments, store=chosen.store)
+    inputs = None if chosen.format is None else planned.inputs
+    return Rule(exactly(layer.name), chosen.format, comments=comments, store=chosen.store, inputs=inputs)
 
 
 def _why(layer: Layer, chosen: Candidate, known: Knowledge) -> str:
     if chosen.format is None:
         return "dense: what it costs is worth more here than elsewhere, or nothing is smaller"
     assert chosen.store is not None  # noqa: S101
+    assumed = known.inputs_of(layer)
     of_what = "weight" if known.metric_of(layer).is_plain else "output"
+    of_what += "" if assumed is None else f" for {assumed} inputs"
     part = chosen.stored_bytes / layer.dense_bytes
     return (
         f"{chosen.format.name} in {TYPE_NAMES[chosen.store]} at {part:.1%} of its bytes; "

@@ -15,6 +15,7 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.statistics_file import Statistics
 from tcompress.errors import UsageError
 from tcompress.formats import Format
+from tcompress.workflow.assumed import SMOOTH
 from tcompress.workflow.checking import require_working_memory
 from tcompress.workflow.curves import curve_of, default_formats, default_types
 from tcompress.workflow.knowledge import Knowledge, known_of
@@ -62,6 +63,7 @@ def choices_of(
     reconstruction: Reconstruction | None = None,
     statistics: Statistics | None = None,
     for_flops: bool = False,
+    inputs: str = SMOOTH,
     progress: Progress = silent,
 ) -> Choices:
     """Return what each layer could become. Arguments and errors are those of ``make_plan``.
@@ -78,7 +80,7 @@ def choices_of(
     if not chosen:
         raise UsageError("has no layer that could be compressed", path=checkpoint.path)
     require_working_memory(checkpoint, chosen)
-    known = known_of(checkpoint, chosen, reconstruction, statistics, progress)
+    known = known_of(checkpoint, chosen, reconstruction, statistics, inputs, progress)
     find = partial(_curve, checkpoint, known, formats or default_formats(), settings, rank_multiple, for_flops)
     curves = [find(layer) for layer in steps("planning", chosen, progress)]
     named = naming_bytes(may_change(checkpoint, reconstruction))

@@ -65,7 +65,7 @@ def curve_of(
     dense = Candidate(None, None, layer.dense_bytes, 0, 0.0)
     if trial.is_zero:
         return [dense, *trial.stored(Sparse(density=0.0), types)]
-    prospects = Prospects(layer, trial.outlooks, types, _SLACK[not metric.is_plain])
+    prospects = Prospects(layer, trial.outlooks, types, _SLACK[not (metric.is_plain or metric.is_block_of(weight))])
     found = [dense, *(trial.stored(Sparse(density=1.0), types) if Sparse in formats else ())]
     fitted = {
         kind: list(trial.of_format(list(prospects.worth(kind, _AMOUNTS, rank_multiple)), types)) for kind in formats

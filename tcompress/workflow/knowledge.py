@@ -12,6 +12,7 @@ from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.statistics_file import LayerStatistics, Statistics
 from tcompress.formats.metric import PLAIN, Metric
+from tcompress.workflow.assumed import assumed_metric
 from tcompress.workflow.calibration import require_source
 from tcompress.workflow.importance import importances, values_alone
 from tcompress.workflow.moments import metric_of_counts, metrics_of
@@ -22,11 +23,15 @@ from tcompress.workflow.reconstruction import Reconstruction
 
 @dataclass(frozen=True)
 class Knowledge:
-    """importance: what a layer's error counts. metrics: which errors do; calls: on a batch; where they are known."""
+    """importance: what a layer's error counts. metrics: which errors do; calls: on a batch; where they are known.
+
+    inputs: what the metrics come from, if they are assumed.
+    """
 
     importance: Mapping[str, float]
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     calls: Mapping[str, Sequence[Call]] = field(default_factory=dict)
+    inputs: str | None = None
 
     def calls_of(self, layer: Layer) -> Sequence[Call]:
         """Return the calls of a layer; one with one position where nothing is known of them."""
@@ -36,15 +41,23 @@ class Knowledge:
         """Return which errors of a layer count."""
         return self.metrics.get(layer.name, PLAIN)
 
+    def inputs_of(self, layer: Layer) -> str | None:
+        """Return what was assumed of the layer's inputs, if that makes a difference."""
+        return None if self.metric_of(layer).is_plain else self.inputs
+
 
 def known_of(
     checkpoint: Checkpoint,
     layers: Sequence[Layer],
     reconstruction: Reconstruction | None,
     statistics: Statistics | None,
+    inputs: str,
     progress: Progress,
 ) -> Knowledge:
-    """Return what a model with its inputs says, or else the statistics of one, or else the layers' sizes alone."""
+    """Return what a model with its inputs says, or else the statistics of one, or else the layers' sizes.
+
+    inputs: what is assumed of them in the last case.
+    """
     if reconstruction is not None:
         traced, batches = reconstruction.dense, reconstruction.batches
         metrics = metrics_of(traced, batches, checkpoint)
@@ -52,7 +65,8 @@ def known_of(
         return Knowledge(weights, metrics, calls_of(traced, batches[0]))
     if statistics is not None:
         return _from(checkpoint, layers, statistics)
-    return Knowledge({layer.name: values_alone(layer) for layer in layers})
+    metrics = {layer.name: assumed_metric(layer, inputs) for layer in layers}
+    return Knowledge({layer.name: values_alone(layer) for layer in layers}, metrics, inputs=inputs)
 
 
 def _from(checkpoint: Checkpoint, layers: Sequence[Layer], statistics: Statistics) -> Knowledge:

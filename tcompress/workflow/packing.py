@@ -20,6 +20,7 @@ from tcompress.encodings import find
 from tcompress.errors import FormatError, NumericalError
 from tcompress.formats import Format
 from tcompress.workflow.aims import Aim
+from tcompress.workflow.assumed import assumed_metric
 from tcompress.workflow.fitting import Fitted, fit
 from tcompress.workflow.grouping import Shared, fit_shared
 from tcompress.workflow.layout import described, entry_of, stored_name
@@ -104,8 +105,8 @@ def _finished_alone(
 ) -> tuple[Mapping[str, Any], list[Named]]:
     layer, setting, weight = decision.layer, decision.format, checkpoint.read(decision.layer.name)
     assert setting is not None  # noqa: S101
-    towards: dict[str, Any] = {} if aim is None else {"target": aim.target, "metric": aim.metric}
-    found = fit(weight, setting, store=decision.stored_type, device=settings.device, **towards)
+    target, metric = (None, assumed_metric(layer, decision.inputs)) if aim is None else (aim.target, aim.metric)
+    found = fit(weight, setting, store=decision.stored_type, device=settings.device, target=target, metric=metric)
     entry = entry_of(layer, setting, found.specs(), norm=found.norm, relative_error=found.relative_error)
     parts = list(_parts(layer.name, found.stored, layer.name))
     told = _described(entry, found, found.stored_bytes, len(parts))

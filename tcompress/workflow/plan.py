@@ -18,6 +18,7 @@ from tcompress.formats import Format, find_format, make, to_dict
 from tcompress.formats.grouped import GroupFormat
 from tcompress.formats.options import check_options, frozen
 from tcompress.formats.svd import SVD
+from tcompress.workflow.assumed import SMOOTH
 from tcompress.workflow.rank_rules import check_rule
 from tcompress.workflow.settings import STORED_TYPES, TYPE_NAMES
 
@@ -75,7 +76,8 @@ class Rule:
 
     one_threshold: the amount is that of all these layers together, shared out by one threshold on magnitudes.
     together: layers whose rules give the same text here are fitted as one, by a format of several layers.
-    store: the type that factors are stored in; None leaves it to the settings of the run.
+    store: the type that factors are stored in; None leaves it to the settings of the run. inputs: what is assumed of
+    the layers' inputs, as ``assumed_metric`` has it; None: nothing.
     """
 
     match: str
@@ -84,17 +86,28 @@ class Rule:
     comments: Mapping[str, Any] = field(default_factory=dict)
     together: str | None = None
     store: torch.dtype | None = None
+    inputs: str | None = None
 
     def __post_init__(self) -> None:
         format_type: object = self.format.format if isinstance(self.format, Target) else type(self.format)
         if self.together is not None and not (isinstance(format_type, type) and issubclass(format_type, GroupFormat)):
             raise FormatError(f"together: {self.format or 'dense'} fits each layer for itself")
+        if self.inputs is not None:
+            self._require_known_inputs(format_type)
         if not self.one_threshold:
             return
         if not isinstance(format_type, type) or not issubclass(format_type, Format) or not format_type.has_threshold:
             raise FormatError(f"global: {self.format or 'dense'} prunes nothing, it has no threshold to share")
         if isinstance(self.format, Target) and self.format.tolerance is not None:
             raise FormatError("global: a tolerance is an error per layer; give keep or density")
+
+    def _require_known_inputs(self, format_type: object) -> None:
+        if self.inputs != SMOOTH:
+            raise FormatError(f"inputs: {self.inputs!r} is nothing to assume of inputs; {SMOOTH} is, or leave it out")
+        if isinstance(format_type, type) and issubclass(format_type, GroupFormat):
+            raise FormatError(f"inputs: {format_type.name} assumes nothing of inputs; leave it out")
+        if isinstance(self.format, Target) and self.format.tolerance is not None:
+            raise FormatError("inputs: a tolerance is about the weight, whatever its inputs; give keep or a size")
 
     def matches(self, name: str) -> bool:
         """Tell whether the rule speaks of the layer."""
@@ -113,7 +126,8 @@ class Rule:
         shared = {"global": True} if self.one_threshold else {}
         together = {"together": self.together} if self.together is not None else {}
         store = {} if self.store is None else {"dtype": TYPE_NAMES[self.store]}
-        return {"match": self.match, **said, **shared, **together, **store, **self.comments}
+        inputs = {} if self.inputs is None else {"inputs": self.inputs}
+        return {"match": self.match, **said, **shared, **together, **store, **inputs, **self.comments}
 
 
 @dataclass(frozen=True)
@@ -137,11 +151,17 @@ def exactly(name: str) -> str:
 
 
 def plan_for(
-    choice: Format | Target, *, include: Sequence[str] = (), exclude: Sequence[str] = (), one_threshold: bool = False
+    choice: Format | Target,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    one_threshold: bool = False,
+    inputs: str | None = None,
 ) -> Plan:
     """Return the plan that gives one format to all layers, or to those included, but not to those excluded."""
     left_dense = [Rule(pattern, None) for pattern in exclude]
-    return Plan((*left_dense, *(Rule(pattern, choice, one_threshold) for pattern in include or ["*"])))
+    given = [Rule(pattern, choice, one_threshold, inputs=inputs) for pattern in include or ["*"]]
+    return Plan((*left_dense, *given))
 
 
 def read_plan(path: Path) -> Plan:
@@ -204,11 +224,11 @@ def _parse_rule(rule: Any) -> Rule:
     together = options.pop("together", None)
     if together is not None and (not isinstance(together, str) or not together):
         raise UsageError(f"together is a name for layers that are fitted as one, got {together!r}")
+    inputs = options.pop("inputs", None)
     budget = {key: options.pop(key) for key in _BUDGETS if key in options}
     format_type = find_format(name)
-    if budget:
-        return Rule(match, Target(format_type, options, **budget), one_threshold, comments, together, store)
-    return Rule(match, make(format_type, options), one_threshold, comments, together, store)
+    choice = Target(format_type, options, **budget) if budget else make(format_type, options)
+    return Rule(match, choice, one_threshold, comments, together, store, inputs)
 
 
 def _stored_type(name: Any) -> torch.dtype | None:

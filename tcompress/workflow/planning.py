@@ -36,7 +36,7 @@ class Decision:
     """What becomes of a layer: ``format``, or dense for ``reason``. Bytes are those on disk without the header.
 
     store: the type that its factors are stored in. notes: what a user should know of the format on this layer.
-    shared: the group whose factors it shares.
+    shared: the group whose factors it shares. inputs: what is assumed of its inputs, if anything.
     """
 
     layer: Layer
@@ -47,6 +47,7 @@ class Decision:
     notes: tuple[str, ...] = ()
     shared: Shared | None = None
     store: torch.dtype | None = None
+    inputs: str | None = None
 
     def to_rule(self) -> Rule:
         """Return the rule that says this of the layer alone."""
@@ -60,6 +61,7 @@ class Decision:
             comments={**comments, **why, **notes},
             together=together,
             store=None if self.store == self.layer.dtype.torch else self.store,
+            inputs=self.inputs,
         )
 
     @property
@@ -215,7 +217,7 @@ def _decision(
         found = recall(layer, search) if isinstance(choice, Target) else search()
     except NumericalError as error:
         return dense(error.reason)
-    return _weigh(layer, found, facts[layer.name].nonzeros, settings)
+    return replace(_weigh(layer, found, facts[layer.name].nonzeros, settings), inputs=rule.inputs)
 
 
 def _weigh(layer: Layer, found: Format | str, nonzeros: int, settings: Settings) -> Decision:

@@ -79,6 +79,19 @@ def test_a_plan_that_was_written_does_what_the_budget_does(tcompress, dense):
     assert 13000 < Path("a.safetensors").stat().st_size <= 15000
 
 
+def test_what_is_assumed_of_inputs_is_said_by_the_plan(tcompress, fixtures):
+    model = fixtures / "digits_cnn.safetensors"
+    for number, (assumed, given) in enumerate([({"smooth"}, ()), (set(), ("--inputs", "plain"))]):
+        assert tcompress("plan", model, "--keep", "0.2", *given, "-o", f"{number}.json", *TWO).code == 0
+        rules = json.loads(Path(f"{number}.json").read_text("utf-8"))["rules"]
+        assert {rule["inputs"] for rule in rules if "inputs" in rule} == assumed
+    done = tcompress("compress", model, "--plan", "0.json", "--inputs", "plain", "-o", "o.safetensors")
+    assert (done.code, "--plan says everything" in done.err) == (2, True)
+    for given in ((), ("--inputs", "smooth")):
+        done = tcompress("compress", model, "-f", "svd:rank=2", *given, "--dry-run", "--json")
+        assert {rule.get("inputs") for rule in json.loads(done.out)["plan"]["rules"]} == {*given[1:]} or {None}
+
+
 def test_a_layer_can_be_explained(tcompress, dense):
     shown = tcompress("plan", dense, "--keep", "0.2", "--formats", "svd,sparse", "--explain", "hidden.weight", "--json")
     curve = json.loads(shown.out)["curve"]
@@ -145,6 +158,9 @@ def test_a_score_is_a_budget(tcompress, small):
         (["--keep", "0.5", "--formats", "svd,nothing"], 2, "there is no format 'nothing'"),
         (["--keep", "0.5", "--formats", "joint"], 2, "several layers at once"),
         (["--keep", "0.5", "--strip-prefix", "module."], 2, "give --task"),
+        (["--keep", "0.5", "--inputs", "rough"], 2, "--inputs: 'rough' is none of smooth, plain"),
+        (["--keep", "0.5", "--inputs", "smooth", "--task", "task.py"], 2, "leave it out beside those"),
+        (["--keep", "0.5", "--inputs", "smooth", "--stats", "stats.safetensors"], 2, "leave it out beside those"),
         (["--keep", "0.5", "--include", "nothing"], 2, "no layer matches nothing"),
         (["--keep", "0.5", "--task", "missing.py"], 2, "there is no such task file"),
         (["--keep", "0.5", "--stats", "missing.safetensors"], 4, "missing.safetensors"),

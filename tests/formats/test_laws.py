@@ -281,24 +281,30 @@ def test_unknown_options_are_told_with_those_there_are(format_type):
 
 
 def moments_of(fan_in, seed=5):
-    """Second moments of many inputs, of fewer than there are, of inputs of which some are always zero; a diagonal."""
+    """Second moments of many inputs, of fewer than there are, of inputs of which some are always zero; a diagonal.
+
+    And a block, of which the whole moment holds one after another.
+    """
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(fan_in, fan_in, generator=generator) * torch.rand(fan_in, generator=generator) ** 2
     many = torch.randn(4 * fan_in, fan_in, generator=generator) @ mixing + 0.2
     dead = many * (torch.arange(fan_in) % 3 != 1)
     full = many.T @ many / len(many)
     few = many[: max(1, fan_in // 2)]
+    block = next(size for size in range(max(1, fan_in // 2), 0, -1) if fan_in % size == 0)
     return {
         "full": full,
         "rank-deficient": few.T @ few / len(few),
         "dead inputs": dead.T @ dead / len(dead),
         "diagonal": full.diagonal().clone(),
+        "block": full[:block, :block].contiguous(),
     }
 
 
 def output_error(weight, factorization, gram):
     rest = (weight.double() - factorization.reconstruct().detach().double()).reshape(len(weight), -1)
-    bent = rest * gram.double() if gram.ndim == 1 else rest @ gram.double()
+    whole = gram.diag() if gram.ndim == 1 else torch.block_diag(*[gram] * (rest.shape[1] // len(gram)))
+    bent = rest @ whole.double()
     return math.sqrt(max(0.0, float((rest * bent).sum())))
 
 

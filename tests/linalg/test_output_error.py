@@ -12,12 +12,15 @@ from tcompress.linalg.magnitude import keep_largest
 from tcompress.linalg.output_error import (
     alternate_in_metric,
     best_in_metric,
+    diagonal_of,
     low_rank_in_metric,
     output_error,
     refit_on_support,
     require_moment,
     root_of,
     sparse_in_metric,
+    times,
+    whole_of,
 )
 from tcompress.linalg.svd import truncated_svd
 from tcompress.linalg.trimmed import Product
@@ -44,6 +47,25 @@ def test_a_diagonal_is_the_matrix_with_it():
     diagonal = torch.rand(16, generator=torch.Generator().manual_seed(2))
     assert output_error(MATRIX, diagonal) == pytest.approx(output_error(MATRIX, diagonal.diag()), rel=1e-6)
     torch.testing.assert_close(root_of(diagonal).diag() @ root_of(diagonal).diag(), diagonal.diag())
+
+
+def test_a_block_is_the_matrix_that_holds_it_again_and_again():
+    block = moment_of(4)
+    whole = torch.block_diag(block, block, block, block)
+    assert torch.equal(whole_of(block, 16), whole)
+    assert torch.equal(diagonal_of(block, 16), whole.diagonal())
+    torch.testing.assert_close(times(MATRIX, block), MATRIX @ whole)
+    assert output_error(MATRIX, block) == pytest.approx(output_error(MATRIX, whole), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [20, 8])  # more and fewer than columns
+def test_what_is_found_for_a_block_is_what_is_found_for_the_whole(rows):
+    block, matrix = moment_of(4).double(), MATRIX[:rows].double()
+    whole = whole_of(block, 16)
+    one, other = best_in_metric(matrix, 3, block), best_in_metric(matrix, 3, whole)
+    torch.testing.assert_close(one.left @ one.right, other.left @ other.right)
+    pruned = [sparse_in_metric(matrix, gram, lambda values: keep_largest(values, 60)) for gram in (block, whole)]
+    torch.testing.assert_close(*pruned)
 
 
 @pytest.mark.parametrize("samples", [500, 5])  # of five inputs the moment is singular
@@ -95,8 +117,16 @@ def test_values_on_a_support_are_near_least_squares():
 
 @pytest.mark.parametrize(
     "gram",
-    [torch.ones(3), torch.ones(16, 3), torch.zeros(16), -torch.ones(16), torch.full((16, 16), math.nan)],
-    ids=["short", "not square", "zero", "negative", "nan"],
+    [
+        torch.ones(3),
+        torch.ones(16, 3),
+        torch.eye(3),
+        torch.ones(0, 0),
+        torch.zeros(16),
+        -torch.ones(16),
+        torch.full((16, 16), math.nan),
+    ],
+    ids=["short", "not square", "no divisor", "empty", "zero", "negative", "nan"],
 )
 def test_what_is_no_second_moment_is_refused(gram):
     with pytest.raises(NumericalError, match="second moment"):

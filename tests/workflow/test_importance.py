@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from tcompress.checkpoint.layers import find_layers
 from tcompress.checkpoint.opening import open_checkpoint
+from tcompress.workflow.assumed import SMOOTH
 from tcompress.workflow.calibration import calibrate
 from tcompress.workflow.importance import importances
 from tcompress.workflow.knowledge import known_of
@@ -79,7 +80,7 @@ def test_an_error_of_lookups_costs_the_same_however_many_rows_are_never_looked_u
 def test_statistics_weigh_tables_and_matrices_by_one_measure(rows, traced):
     task, checkpoint = traced(rows)
     statistics = calibrate(checkpoint, task)
-    known = known_of(checkpoint, find_layers(checkpoint), None, statistics, silent)
+    known = known_of(checkpoint, find_layers(checkpoint), None, statistics, SMOOTH, silent)
     change = {
         layer.name: known.importance[layer.name] ** 2 / known.metric_of(layer).counted(checkpoint.read(layer.name))
         for layer in find_layers(checkpoint)
