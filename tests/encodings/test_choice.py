@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -131,6 +132,12 @@ def test_at_equal_bytes_values_as_they_are_and_the_encoding_that_stands_first_ar
     assert cheapest(FactorSpec((4, 4), torch.int8)).values == "int8"
 
 
+def test_at_equal_bytes_places_stand_before_a_pattern():
+    factor = FactorSpec((2, 136), torch.float32, 64, pattern=(1, 4))
+    assert find("elias-fano:1").nbytes(factor) == find("1:4").nbytes(factor) == 289
+    assert cheapest(factor).name == "elias-fano:1"
+
+
 def test_a_factor_that_is_no_matrix_is_never_csr():
     factor = FactorSpec((3, 5, 7), torch.float32, 4)
     assert find("csr").parts(factor) is None
@@ -164,6 +171,12 @@ def test_every_pair_of_names_is_found_and_nothing_else():
         assert find(name) is None
     for values in ("", "int2", "plain", "float32"):
         assert find("dense", values) is None
+
+
+def test_codings_are_equal_when_their_names_are():
+    names = ("dense", "elias-fano:1", "elias-fano:2", "1:2", "1:4")
+    for one, other in itertools.product(itertools.product(names, VALUES), repeat=2):
+        assert (find(*one) == find(*other)) == (one == other)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ POSITIONS = coding_of("elias-fano:3").encode(THIN)["positions"]  # three rows of
         (octets(*[0] * 6), "has not the bits of 0 positions in (8, 16)"),
         (octets(*POSITIONS[:3].tolist(), 255, 0, 0), "has positions that fall, or beyond its last"),
         (octets(0, 0, 0, 255, 0, 0), "has positions that fall, or beyond its last"),
+        (torch.cat([POSITIONS[:3] & 127, POSITIONS[3:5], octets(137)]), "has positions that fall, or beyond its last"),
         (POSITIONS[None], "has positions that are no plain list of bytes"),
         (POSITIONS.int(), "has positions that are no plain list of bytes"),
         (POSITIONS.view(torch.int8), "has positions that are no plain list of bytes"),
@@ -86,6 +87,12 @@ def test_positions_that_contradict_each_other_or_the_shape_are_refused(positions
 
 def test_other_numbers_of_values_than_of_positions_are_refused():
     assert refusal(coding_of("elias-fano:1"), values=torch.ones(5)) == "has values of shape (5,) for places of (4,)"
+
+
+@pytest.mark.parametrize("low", [0, 3, 48])
+def test_no_positions_take_no_bytes(low):
+    parts = coding_of(f"elias-fano:{low}").encode(torch.zeros(8, 16))
+    assert parts["positions"].numel() == 0
 
 
 def test_low_bits_of_no_position_are_refused():

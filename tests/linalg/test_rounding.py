@@ -47,6 +47,19 @@ def test_everything_stays_on_its_grid_and_within_bounds():
     assert not (codes.round() == 0).any()
 
 
+@pytest.mark.parametrize("shift", [-1.0, 0.5, 1.0])
+def test_grids_that_are_shifted_are_kept_to_without_a_zero(shift):
+    target, _, step, gram = problem(9, 70)
+    start = torch.where(target < 0, -1, 1) * (2 - shift) * step
+    found = descend_on_grid(target, start, step, (-5, 4), gram, passes=2, shift=shift)
+    codes = (found / step).abs() + shift
+    torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+    assert codes[found < 0].max() <= 5.001
+    assert codes[found > 0].max() <= 4.001
+    assert codes.min() >= (1.999 if shift == 1 else 0.999)
+    assert error(target, found, gram) < 0.5 * error(target, start, gram)
+
+
 def test_a_single_row_of_few_values_comes_near_the_best_of_all_grid_points():
     target, start, step, gram = problem(1, 4, seed=3)
     found = error(target, descend_on_grid(target, start, step, (-2, 2), gram, passes=20), gram)

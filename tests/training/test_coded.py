@@ -12,7 +12,7 @@ from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
 from tcompress.runtime.install import collect
 from tcompress.runtime.learning import Learning
-from tcompress.training.coded import through_codes
+from tcompress.training.coded import ThroughCodes, through_codes
 from tcompress.training.factors import as_stored, let_learn
 from tcompress.workflow.loading import load_into
 from tests.training.tasks import MLP
@@ -38,14 +38,17 @@ def weights(model):
     return {name: layer.factors.reconstruct().detach().clone() for name, layer in collect(model).items()}
 
 
+def learning(model):
+    return [each for each in model.modules() if isinstance(each, Learning)]
+
+
 @STORES
 @SETTINGS
 def test_a_model_that_learns_through_codes_is_the_one_that_would_be_stored(setting, store, learner):
     model, inputs = learner(setting, store)
     with torch.no_grad():
-        for each in model.modules():
-            if isinstance(each, Learning):
-                each.values += 0.3 * each.values.std() * torch.randn(each.values.shape)
+        for each in learning(model):
+            each.values += 0.3 * each.values.std() * torch.randn(each.values.shape)
     assert through_codes(model, asked=True) is not None
     seen, outputs = weights(model), model(inputs)
     with as_stored(model):
@@ -57,15 +60,82 @@ def test_a_model_that_learns_through_codes_is_the_one_that_would_be_stored(setti
 
 @STORES
 def test_gradients_are_those_at_the_codes_and_reach_every_value(store, learner):
-    model, inputs = learner(Sparse(0.3), store)
+    (model, inputs), (plain, _) = learner(Sparse(0.3), store), learner(Sparse(0.3), store)
+    pairs = list(zip(learning(model), learning(plain), strict=True))
+    with torch.no_grad():
+        for factor, _ in pairs:
+            factor.values += 0.3 * factor.values.std() * torch.randn(factor.values.shape)
+        through_codes(model, asked=True)
+        for factor, other in pairs:
+            other.values.copy_(factor.at_places())
+    for each in (model, plain):
+        each(inputs).square().sum().backward()
+    for factor, other in pairs:
+        torch.testing.assert_close(factor.values.grad, other.values.grad)
+        assert int(factor.values.grad.count_nonzero()) > 0.3 * factor.values.numel()
+
+
+@STORES
+def test_scales_follow_the_values_every_five_steps(store, learner):
+    model, _ = learner(SVD(8), store)
+    codes, factor = through_codes(model, asked=True), learning(model)[0]
+    known, grown = factor.steps.clone(), []
+    for step in range(6):
+        factor.values.data *= 2
+        codes.begin_step(step)
+        grown.append(float((factor.steps / known).nanmedian()))
+    assert grown == [2, 2, 2, 2, 2, 64]
+
+
+@STORES
+def test_what_is_stored_is_rounded_from_the_values_themselves(store, learner):
+    model, _ = learner(Sparse(0.3), store)
     through_codes(model, asked=True)
-    model(inputs).square().sum().backward()
-    found = {name: layer.factors for name, layer in collect(model).items()}
-    for name, factors in found.items():
-        (learning,) = [each for each in factors.modules() if isinstance(each, Learning)]
-        assert learning.values.grad is not None, name
-        assert bool(learning.values.grad.isfinite().all())
-        assert int(learning.values.grad.count_nonzero()) > 0.3 * learning.values.numel()
+    with as_stored(model):
+        stored = weights(model)
+    for each in learning(model):
+        each.values.data *= 2
+    with as_stored(model):
+        for name, weight in weights(model).items():
+            torch.testing.assert_close(weight, 2 * stored[name])
+
+
+@STORES
+def test_a_state_has_the_codes_that_factors_are_seen_as(store, learner):
+    (model, _), (other, _) = learner(Sparse(0.3), store), learner(Sparse(0.3), store)
+    for each in learning(model):
+        each.values.data = each.values.sign() * each.values.abs().sqrt()
+    for each in (model, other):
+        through_codes(each, asked=True)
+    other.load_state_dict(model.state_dict())
+    seen = weights(model)
+    assert all(torch.equal(weight, seen[name]) for name, weight in weights(other).items())
+
+
+@STORES
+def test_values_without_a_step_are_zeros(store, learner):
+    model, _ = learner(SVD(8), store)
+    for each in learning(model):
+        each.values.data[:4] = 0  # 32 values and more: they have a scale to themselves
+    through_codes(model, asked=True)
+    assert not any(each.at_places()[:4].any() for each in learning(model))
+
+
+def test_values_that_have_all_become_zero_are_no_codes(learner):
+    model, _ = learner(Sparse(0.3), INT4)
+    for each in learning(model):
+        each.values.data.zero_()
+    through_codes(model, asked=True)
+    assert not any(weight.any() for weight in weights(model).values())
+
+
+@pytest.mark.parametrize("method", ["finetune", "distill", "reconstruct"])
+def test_every_step_of_a_method_is_told_to_the_codes(method, small, tune, fixtures, monkeypatch):
+    told = []
+    monkeypatch.setattr(ThroughCodes, "begin_step", lambda _, step: told.append(step))
+    dense = fixtures / "digits_mlp.safetensors"
+    tune(small(SVD(12), INT3), make_method(method), epochs=None, steps=3, against=dense)
+    assert told == [0, 1, 2]
 
 
 def test_nothing_is_coded_where_nobody_asks_or_nothing_is_stored_as_codes(learner):
