@@ -45,6 +45,7 @@ class FromScratch(Method):
     reference: ClassVar[str] = "Novikov et al. 2015"
     defaults: ClassVar[Defaults] = Defaults(epochs=10, lr=3e-3)
     starts_dense: ClassVar[bool] = True
+    takes_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.init not in INITS:

@@ -11,6 +11,7 @@ from torch import nn
 
 import tcompress as package
 from tcompress import compress, load_into, plan_for, verify
+from tcompress.checkpoint.manifest import read_manifest
 from tcompress.checkpoint.opening import open_checkpoint
 from tcompress.encodings import INT4
 from tcompress.errors import UsageError
@@ -25,7 +26,7 @@ from tcompress.runtime.packed import held_in
 from tcompress.training.factors import as_stored, let_learn
 from tcompress.training.scratch import FromScratch, draw
 from tcompress.workflow.settings import Settings
-from tests.training.tasks import CNN, MLP
+from tests.training.tasks import CNN, MLP, THREE
 
 SIZES = {
     "sparse": {"density": 0.2},
@@ -129,6 +130,19 @@ def test_layers_of_a_group_share_what_was_drawn(tmp_path):
     assert len(set.intersection(*after)) == len(shared)
     for layer in collect(model).values():
         assert float(layer.weight.detach().square().mean()) == pytest.approx(1 / 72, rel=1e-4)
+
+
+def test_a_group_is_trained_as_one_also_where_its_trained_weights_are_better_apart(scratch, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(24, 1, generator=generator), torch.randn(1, 24, generator=generator)) for _ in range(3)]
+    save_file({f"{n}.weight": left @ right for n, (left, right) in enumerate(pairs)}, tmp_path / "own.safetensors")
+    dense, plan = open_checkpoint(tmp_path / "own.safetensors"), plan_for(Joint(ranks=(2, 3, 3)))
+    apart = compress(dense, plan, out=tmp_path / "apart.safetensors").layers[0]
+    assert apart.reason.startswith("3 layers are better apart")
+    result = scratch(plan, text=THREE, source=tmp_path / "own.safetensors", epochs=1)
+    assert not [note for note in result.notes if "dense" in note]
+    assert set(read_manifest(open_checkpoint(result.output.path)).layers) == {f"{n}.weight" for n in range(3)}
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("setting", [SVD(rank=4), TTMatrix(rank=4), Sparse(density=0.2)], ids=str)
