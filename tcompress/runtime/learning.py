@@ -36,6 +36,7 @@ class Learning(Maker):
         self.values = nn.Parameter(values.clone())
         self._pattern: Pattern | None = None
         self.levels: Levels | None = None
+        self.is_rounded = True  # where it has levels; what is not yet as it will be stored may wait
         self.register_buffer("steps", None)
         self.register_buffer("shift", None)
 
@@ -65,7 +66,7 @@ class Learning(Maker):
         self.levels = levels
 
     def _as_coded(self) -> Tensor:
-        if self.steps is None or self.levels is None:
+        if self.steps is None or self.levels is None or not self.is_rounded:
             return self.values
         with torch.no_grad():
             coded = self.levels.nearest(self.values, self.steps, self.shift)

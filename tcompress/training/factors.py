@@ -44,18 +44,14 @@ def let_learn(model: nn.Module, frozen: Collection[str] = ()) -> None:
 
 def see_codes(model: nn.Module) -> None:
     """Let factors that are stored as codes be what these stand for, with the scales that their values now have."""
-    for factor in _coded(model):
+    for factor in coded(model):
         found = encoded(factor.learnt().detach().cpu(), factor.dtype, is_sparse=factor.is_sparse)
         if found.coding.values is not None:
             factor.see_codes(found.coding.steps(found.parts, factor.shape), found.coding.levels(found.parts))
 
 
-def has_codes(model: nn.Module) -> bool:
-    """Tell whether a factor that learns is stored as codes."""
-    return bool(_coded(model))
-
-
-def _coded(model: nn.Module) -> list[Learning]:
+def coded(model: nn.Module) -> list[Learning]:
+    """Return the factors that learn and are stored as codes."""
     found = [each for each in model.modules() if isinstance(each, Learning)]
     return [each for each in found if each.dtype in CODED and each.values.requires_grad]
 
