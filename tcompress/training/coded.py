@@ -16,14 +16,15 @@ class ThroughCodes:
         self._model, self._waits = model, False
         see_codes(model)  # at once: a state that a run goes on from has them
 
-    def begin_epoch(self, *, anew: bool, waits: bool) -> None:
+    def begin(self, *, anew: bool, waits: bool) -> None:
         """Let factors be what their codes make of them, from now on; or, if that waits, what they are.
 
-        anew: as of ``Objective.begin_epoch``.
+        anew: whether the scales are to be taken from the values as they are now, which a run that goes on has done.
         """
-        self._waits = waits
-        for factor in coded(self._model):
-            factor.is_rounded = not waits
+        if waits != self._waits:
+            self._waits = waits
+            for factor in coded(self._model):
+                factor.is_rounded = not waits
         if anew and not waits:
             see_codes(self._model)
 

@@ -109,7 +109,7 @@ class Pruning(Distillation):
             pruned = sparsity(epoch / self._last, self._values - self._planned, self._schedule)
             prune(self._parts, self._values - math.floor(pruned + 0.5))
         if self._codes is not None:
-            self._codes.begin_epoch(anew=anew, waits=not self.may_be_written(epoch))
+            self._codes.begin(anew=anew, waits=not self.may_be_written(epoch))
 
     def may_be_written(self, epoch: int) -> bool:
         return epoch >= self._last
