@@ -31,7 +31,7 @@ from tcompress.errors import NumericalError, UsageError
 if TYPE_CHECKING:
     from tcompress.training.tuning import TuningResult
 
-_LEARNING, _DISTILL, _ENDING = "How it learns", "--method distill, prune", "When it ends"
+_LEARNING, _DISTILL, _ENDING = "How it learns", "--method distill, prune, iterate:by=distill", "When it ends"
 
 TaskFile = Annotated[
     str,

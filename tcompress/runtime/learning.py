@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +19,25 @@ class Learning(Maker):
 
     factor: of any floating type. dtype: the type that it is stored in; codes have one of their own. coding: what it was
     read from, None for a plain tensor. fixed: whether the elements that are zero are no parameters but stay zero.
+    parts: what lies on disk of the factor as it is, where these are codes.
     """
 
     places: Tensor | None  # (values,), the row-major positions of the values between the zeros
     steps: Tensor | None  # as the values: how far apart the codes are that each is stored as; None without codes
     shift: Tensor  # () of ``levels``; both are in the state dict, so that a run can go on
 
-    def __init__(self, factor: Tensor, dtype: torch.dtype, coding: Coding | None, *, fixed: bool) -> None:
+    def __init__(
+        self,
+        factor: Tensor,
+        dtype: torch.dtype,
+        coding: Coding | None,
+        *,
+        fixed: bool,
+        parts: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.shape: Shape = tuple(factor.shape)
-        self.dtype, self.coding = dtype, coding
+        self.dtype, self.coding, self.parts = dtype, coding, parts
         flat = factor.detach().to(torch.float32).reshape(-1)
         places = flat.nonzero()[:, 0] if fixed else None
         is_full = places is None or len(places) == len(flat)
@@ -36,6 +46,7 @@ class Learning(Maker):
         self.values = nn.Parameter(values.clone())
         self._pattern: Pattern | None = None
         self.levels: Levels | None = None
+        self.is_rounded = True  # where it has levels; what is not yet as it will be stored may wait
         self.register_buffer("steps", None)
         self.register_buffer("shift", None)
 
@@ -65,7 +76,7 @@ class Learning(Maker):
         self.levels = levels
 
     def _as_coded(self) -> Tensor:
-        if self.steps is None or self.levels is None:
+        if self.steps is None or self.levels is None or not self.is_rounded:
             return self.values
         with torch.no_grad():
             coded = self.levels.nearest(self.values, self.steps, self.shift)

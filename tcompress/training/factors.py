@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tcompress.encodings import CODED, value_type
+from tcompress.encodings import CODED, Coding, value_type
 from tcompress.errors import FormatError
 from tcompress.formats import Format, make
 from tcompress.formats.base import Factorization
@@ -44,18 +44,14 @@ def let_learn(model: nn.Module, frozen: Collection[str] = ()) -> None:
 
 def see_codes(model: nn.Module) -> None:
     """Let factors that are stored as codes be what these stand for, with the scales that their values now have."""
-    for factor in _coded(model):
-        found = encoded(factor.learnt().detach().cpu(), factor.dtype, is_sparse=factor.is_sparse)
-        if found.coding.values is not None:
-            factor.see_codes(found.coding.steps(found.parts, factor.shape), found.coding.levels(found.parts))
+    for factor in coded(model):
+        coding, parts = _parts_of(factor, factor.learnt().detach().cpu())
+        if coding.values is not None:
+            factor.see_codes(coding.steps(parts, factor.shape), coding.levels(parts))
 
 
-def has_codes(model: nn.Module) -> bool:
-    """Tell whether a factor that learns is stored as codes."""
-    return bool(_coded(model))
-
-
-def _coded(model: nn.Module) -> list[Learning]:
+def coded(model: nn.Module) -> list[Learning]:
+    """Return the factors that learn and are stored as codes."""
     found = [each for each in model.modules() if isinstance(each, Learning)]
     return [each for each in found if each.dtype in CODED and each.values.requires_grad]
 
@@ -105,8 +101,10 @@ def _learning(stored: nn.Parameter | Packed, is_sparse: bool, *, learns: bool) -
         if not learns and stored.coding.values is not None:
             return stored
         is_sparse = is_sparse or bool(stored.coding.support.part_names)
+        parts = None if stored.coding.values is None else {name: part.cpu() for name, part in stored.parts().items()}
         with torch.no_grad():
-            return Learning(stored(), type_of(stored), stored.coding, fixed=is_sparse).requires_grad_(learns)
+            found = Learning(stored(), type_of(stored), stored.coding, fixed=is_sparse, parts=parts)
+        return found.requires_grad_(learns)
     has_zeros = is_sparse and bool((stored == 0).any())
     if stored.dtype.itemsize >= torch.float32.itemsize and not has_zeros:
         return stored
@@ -136,10 +134,21 @@ def _encoded(factor: Learning) -> nn.Parameter | Packed:
     values = factor.learnt().detach().cpu().to(value_type(factor.dtype))
     if factor.coding is None and not factor.is_sparse:
         return nn.Parameter(values)
+    coding, parts = _parts_of(factor, values)
+    return nn.Parameter(parts[""]) if coding.is_plain_tensor else Packed(coding, parts, factor.shape)
+
+
+def _parts_of(factor: Learning, values: Tensor) -> tuple[Coding, Mapping[str, Tensor]]:
+    """Return how a factor of these values, on the CPU, is stored: as it was read, where these are what it was.
+
+    A sparse value whose code is zero is none of the factor's values any more: encoded without it, those behind it would
+    come into other groups, with other scales.
+    """
+    coding, parts = factor.coding, factor.parts
+    if coding is not None and parts is not None and torch.equal(values, coding.decode(parts, factor.shape)):
+        return coding, parts
     found = encoded(values, factor.dtype, is_sparse=factor.is_sparse)
-    if found.coding.is_plain_tensor:
-        return nn.Parameter(found.parts[""])
-    return Packed(found.coding, found.parts, factor.shape)
+    return found.coding, found.parts
 
 
 def _sparse_factors(layer: Factorized) -> set[str]:

@@ -21,6 +21,7 @@ from tcompress.formats.svd import SVD
 from tcompress.formats.tucker import Tucker
 from tcompress.training.distillation import Distill
 from tcompress.training.finetuning import Finetune
+from tcompress.training.method_options import made, names_of
 from tcompress.training.objective import Method, Objective, Setup
 from tcompress.training.options import Defaults
 from tcompress.workflow.plan import Plan, Rule, check_matches, exactly, plan_for
@@ -39,7 +40,8 @@ class Iterate(Method):
     EVBMF, 1 being all the way. layers: how many a round compresses; None for all that save bytes. keep: the fraction of
     the checkpoint's bytes at which no layer more is compressed. towards: ``core``, the ranks that EVBMF gives a layer
     as it is in each round, as MUSCO has it, and the second time it often leaves nothing out; ``dense``, those that it
-    gives the dense weight. by: the method that trains, with its own defaults.
+    gives the dense weight. by: the method that trains. through_codes, alpha, temperature, kl_direction: options of that
+    method, of those that it has; None for its own default.
 
     The epochs asked for are those of all rounds together, in equal parts.
     """
@@ -50,6 +52,10 @@ class Iterate(Method):
     keep: float | None = None
     towards: str = CORE
     by: str = Finetune.name
+    through_codes: bool | None = None
+    alpha: float | None = None
+    temperature: float | None = None
+    kl_direction: str | None = None
 
     name: ClassVar[str] = "iterate"
     summary: ClassVar[str] = "compress a few layers a little, train all, and again; from the dense model"
@@ -72,11 +78,18 @@ class Iterate(Method):
             raise UsageError(f"towards: {self.towards!r} is none of {', '.join(GOALS)}")
         if self.by not in TRAINERS:
             raise UsageError(f"by: {self.by!r} is none of {', '.join(TRAINERS)}")
+        self._made_trainer()  # its options are checked
 
     @property
     def trainer(self) -> Method:
         """The method that each round trains with."""
-        return TRAINERS[self.by]()
+        return self._made_trainer()
+
+    def _made_trainer(self) -> Method:
+        """Return the method that trains. Raises UsageError for options that it does not have."""
+        asked = {option: getattr(self, option) for method in TRAINERS.values() for option in names_of(method)}
+        said = {option: value for option, value in asked.items() if value is not None}
+        return made(TRAINERS[self.by], said, f"{self.name}:by={self.by}")
 
     def objective(self, setup: Setup) -> Objective:
         return self.trainer.objective(setup)

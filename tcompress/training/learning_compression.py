@@ -29,6 +29,7 @@ from tcompress.training.losses import require_gradient, untouched
 from tcompress.training.objective import Method as Base
 from tcompress.training.objective import Objective, Setup
 from tcompress.training.options import Defaults
+from tcompress.training.projection import project
 from tcompress.training.twin import Twin
 from tcompress.workflow.plan import Plan, Target
 
@@ -42,9 +43,9 @@ class LearningCompression(Base):
     """min L(w) so that w = Delta(Theta), by the augmented Lagrangian; Theta is of any format of single layers.
 
     L step: min over w of L(w) + mu/2 ||w - Delta(Theta) - lambda/mu||^2, by steps of the optimizer. C step: Theta = the
-    format's fit of w - lambda/mu. Then lambda <- lambda - mu (w - Delta(Theta)) and mu <- growth * mu. It begins with
-    Theta = the plan's fit of the dense weights, which is mu = 0: direct compression. Theta is fitted once more at the
-    end of an epoch, for the scores.
+    format's fit of w - lambda/mu, or of factors stored as codes what ``project`` finds. Then lambda <- lambda - mu (w -
+    Delta(Theta)) and mu <- growth * mu. It begins with Theta = the plan's fit of the dense weights, which is mu = 0:
+    direct compression. Theta is fitted once more at the end of an epoch, for the scores.
 
     rounds: L and C steps in an epoch, or as many as leave ten steps of the optimizer to each L step; 0.5 is one in two
     epochs. mu: the first one. None: that at which the penalty of the start weighs as much as what direct compression
@@ -198,7 +199,7 @@ class Alternation(Objective):
             elif alpha is not None and twin.planned.has_price and self._is_choosing:
                 twin.take(twin.planned.fit_at_price(target, 2 * alpha / mu))
             else:
-                twin.take(twin.setting.fit(target))
+                project(twin, target)
         if together:
             _prune_together(together)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from tcompress.errors import FormatError, UsageError
@@ -11,6 +10,7 @@ from tcompress.training.distillation import Distill
 from tcompress.training.finetuning import Finetune
 from tcompress.training.iterating import Iterate
 from tcompress.training.learning_compression import LearningCompression
+from tcompress.training.method_options import made, names_of, require_known
 from tcompress.training.objective import Method
 from tcompress.training.pruning import Prune
 from tcompress.training.reconstruction import Reconstruct
@@ -32,25 +32,12 @@ def make_method(text: str, **options: Any) -> Method:
         raise UsageError(f"--method {error.reason}") from error
     if name not in METHODS:
         raise UsageError(f"--method: {name!r} is none of {', '.join(METHODS)}")
-    fields = {field.name: field for field in dataclasses.fields(METHODS[name])}
-    foreign = sorted(set(said) - set(fields))
-    if foreign:
-        has = f"it has {', '.join(fields)}" if fields else "it has none"
-        raise UsageError(f"--method {name}: has no option {foreign[0]}; {has}")
+    require_known(METHODS[name], said, name)
     given = {option: value for option, value in options.items() if value is not None}
-    foreign = sorted(set(given) - set(fields))
+    foreign = sorted(set(given) - set(names_of(METHODS[name])))
     if foreign:
         raise UsageError(f"--method {name} has no --{foreign[0].replace('_', '-')}")
     twice = sorted(set(said) & set(given))
     if twice:
         raise UsageError(f"--method {name} says its {twice[0]} already; leave out --{twice[0].replace('_', '-')}")
-    for option, value in said.items():
-        _require_kind(name, option, value, fields[option].default)
-    return METHODS[name](**said, **given)
-
-
-def _require_kind(name: str, option: str, value: object, default: object) -> None:
-    """Raise UsageError where an option has a default of another kind: a word where there should be a number."""
-    kinds: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
-    if default is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
-        raise UsageError(f"--method {name}: {option} is as {default!r}, got {value!r}")
+    return made(METHODS[name], said | given, name)

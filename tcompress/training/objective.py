@@ -74,7 +74,8 @@ class Method(ABC):
 
     needs: functions that a task must have beside ``model`` and ``evaluate``. uses: those it calls where they are.
     has_teacher: learns from a model beside its own. starts_dense: begins with a dense checkpoint and a plan; else with
-    a compressed checkpoint. by_epochs: has to know how many epochs there are.
+    a compressed checkpoint. takes_weights: learns from what the weights were fitted to; else only from shapes.
+    by_epochs: has to know how many epochs there are.
     """
 
     name: ClassVar[str]
@@ -85,6 +86,7 @@ class Method(ABC):
     uses: ClassVar[tuple[str, ...]] = ()
     has_teacher: ClassVar[bool] = False
     starts_dense: ClassVar[bool] = False
+    takes_weights: ClassVar[bool] = True
     by_epochs: ClassVar[bool] = False
 
     def own_plan(self, checkpoint: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Plan | None:

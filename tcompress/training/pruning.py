@@ -23,6 +23,7 @@ from tcompress.runtime.install import collect
 from tcompress.runtime.learning import Learning, Pruned
 from tcompress.runtime.modules import Factorized
 from tcompress.runtime.packed import Held, PackedFactorization, held_in
+from tcompress.training.coded import through_codes
 from tcompress.training.distillation import Distill, Distillation
 from tcompress.training.objective import Objective, Setup
 from tcompress.training.options import Defaults
@@ -43,7 +44,8 @@ class Prune(Distill):
 
     schedule: s_t, with n the last epoch that prunes: ``cubic``, s_f (t/n)^3, the paper's equation 7; or ``zhu-gupta``,
     s_f (1 - (1 - t/n)^3), which prunes most in the beginning. until: n over the number of epochs; the others learn
-    with the masks as they are. It is 1 in the paper.
+    with the masks as they are. It is 1 in the paper. through_codes: as of ``finetune``, from the epoch on that prunes
+    last: what is stored before that is no model that was asked for.
     """
 
     schedule: str = "cubic"
@@ -94,7 +96,8 @@ class Pruning(Distillation):
     """Equation 8, on a model that is pruned between epochs. What is pruned stays so."""
 
     def __init__(self, method: Prune, setup: Setup, teacher: nn.Module, epochs: int) -> None:
-        super().__init__(method, setup.task, setup.model, teacher)
+        codes = through_codes(setup.model, asked=method.through_codes)
+        super().__init__(method, setup.task, setup.model, teacher, codes)
         self._schedule = method.schedule
         self._parts = [module for module in setup.model.modules() if isinstance(module, Pruned)]
         self._values = sum(part.mask.numel() for part in self._parts)
@@ -102,10 +105,11 @@ class Pruning(Distillation):
         self._last = max(1, math.floor(method.until * epochs + 0.5))
 
     def begin_epoch(self, epoch: int, *, anew: bool) -> None:
-        if not anew:  # the masks were saved with the model
-            return
-        pruned = sparsity(epoch / self._last, self._values - self._planned, self._schedule)
-        prune(self._parts, self._values - math.floor(pruned + 0.5))
+        if anew:  # else the masks were saved with the model
+            pruned = sparsity(epoch / self._last, self._values - self._planned, self._schedule)
+            prune(self._parts, self._values - math.floor(pruned + 0.5))
+        if self._codes is not None:
+            self._codes.begin(anew=anew, waits=not self.may_be_written(epoch))
 
     def may_be_written(self, epoch: int) -> bool:
         return epoch >= self._last

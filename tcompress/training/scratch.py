@@ -20,6 +20,7 @@ from tcompress.runtime.learning import Learning
 from tcompress.runtime.modules import Factorized, FactorizedEmbedding
 from tcompress.runtime.packed import Held, PackedFactorization, held_in
 from tcompress.training.batches import seed_all
+from tcompress.training.coded import through_codes
 from tcompress.training.finetuning import TaskLoss
 from tcompress.training.objective import Method, Objective, Setup
 from tcompress.training.options import Defaults
@@ -33,10 +34,12 @@ _LARGEST = 2.0**20  # of that scale; its inverse is the smallest
 class FromScratch(Method):
     """Train factors that are drawn anew on the task's loss.
 
-    init: ``random``, normal values in every factor, of one size in all of a layer's.
+    init: ``random``, normal values in every factor, of one size in all of a layer's. through_codes: as of ``finetune``,
+    in the second half of the steps: values that are far from what they will be have to move freely first.
     """
 
     init: str = "random"
+    through_codes: bool = True
 
     name: ClassVar[str] = "from-scratch"
     summary: ClassVar[str] = (
@@ -45,6 +48,7 @@ class FromScratch(Method):
     reference: ClassVar[str] = "Novikov et al. 2015"
     defaults: ClassVar[Defaults] = Defaults(epochs=10, lr=3e-3)
     starts_dense: ClassVar[bool] = True
+    takes_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.init not in INITS:
@@ -57,11 +61,17 @@ class FromScratch(Method):
         draw(setup.model, torch.Generator().manual_seed(setup.seed))
 
     def objective(self, setup: Setup) -> Objective:
-        return Beginning(setup.task)
+        return Beginning(setup.task, through_codes(setup.model, asked=self.through_codes))
 
 
 class Beginning(TaskLoss):
     """The task's loss; the model before its first step is none that was asked for."""
+
+    def begin_step(self, step: int, steps: int) -> None:
+        half = -(-steps // 2)
+        if self._codes is not None:
+            self._codes.begin(anew=step == half, waits=step < half)
+        super().begin_step(step, steps)
 
     def may_be_written(self, epoch: int) -> bool:
         return epoch > 0

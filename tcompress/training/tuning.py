@@ -104,6 +104,8 @@ def finetune(
     started = time.perf_counter()
     out, method, options = Path(out), method or METHODS["finetune"](), options or TrainingOptions()
     settings = settings or Settings()
+    if not method.takes_weights:  # what fits these better says nothing of factors that are drawn
+        settings = replace(settings, joint_as_asked=True)
     plan = method.own_plan(checkpoint) if plan is None else plan
     check_start(checkpoint, task, method, plan, against, options, out)
     check_tensorboard(tensorboard)

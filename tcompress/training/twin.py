@@ -54,7 +54,7 @@ class Twin(Factorization):
 
     def compressed(self) -> Tensor:
         """Return the weight that the factors give as they would be stored. Raises NumericalError where they cannot."""
-        factors = {name: factor.values for name, factor in self._stored().items()}
+        factors = {name: factor.values for name, factor in self.stored().items()}
         device, dtype = self.weight.device, self.weight.dtype
         return rebuild(self.planned, self.shape, factors, dtype=dtype, device=device).to(device)
 
@@ -64,10 +64,11 @@ class Twin(Factorization):
             name: nn.Parameter(factor.parts[""])
             if factor.coding.is_plain_tensor
             else Packed(factor.coding, factor.parts, tuple(factor.spec.shape))
-            for name, factor in self._stored().items()
+            for name, factor in self.stored().items()
         }
 
-    def _stored(self) -> Mapping[str, StoredFactor]:
+    def stored(self) -> Mapping[str, StoredFactor]:
+        """Return each factor as it would be stored. Raises NumericalError where it cannot."""
         return stored_factors(dict(self.factors.state_dict()), self.planned, self.shape, self.store)
 
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:

@@ -123,6 +123,7 @@ def run_of(
         "store": str(settings.store),
         "device": str(settings.device),
         "allow_nonfinite": settings.allow_nonfinite,
+        "joint_as_asked": settings.joint_as_asked,
         "reconstruction": None if reconstruction is None else reconstruction.fingerprint,
     }
 

@@ -108,10 +108,13 @@ def _likeness(layer: Layer) -> str:
     return f"{re.sub(r'[0-9]+', '#', layer.name)}/{sizes}-{layer.dtype.name}"
 
 
-def find_shared(checkpoint: Checkpoint, group: Group, store: torch.dtype, device: torch.device) -> Shared | str:
+def find_shared(
+    checkpoint: Checkpoint, group: Group, store: torch.dtype, device: torch.device, *, as_asked: bool = False
+) -> Shared | str:
     """Return the group with its setting, or the reason why its members are better off without each other.
 
-    Everything that ``compress`` would do is tried here, so that what a dry run says is what comes.
+    Everything that ``compress`` would do is tried here, so that what a dry run says is what comes. as_asked: whether it
+    is no reason that other formats fit the weights better.
     """
     if len(group.layers) < 2:
         return "has nothing to share factors with: no other layer has its shape and, but for numbers, its name"
@@ -127,7 +130,7 @@ def find_shared(checkpoint: Checkpoint, group: Group, store: torch.dtype, device
         stored, header = shared.stored_bytes, shared.header_bytes
         if stored + header >= group.dense_bytes:
             return f"larger than dense at {setting}: {stored} + {header} header bytes, dense {group.dense_bytes}"
-        return _better_apart(checkpoint, shared, store, device) or shared
+        return shared if as_asked else _better_apart(checkpoint, shared, store, device) or shared
     except NumericalError as error:
         return error.reason
 

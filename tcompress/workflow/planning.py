@@ -118,7 +118,7 @@ def decide_groups(
         decided[name] = Decision(layer, None, reason, layer.dense_bytes)
     for group in find_groups([(layer, c, rule) for layer, c, rule in choices if c and layer.name not in apart]):
         store = settings.storing(group.store).stored_type(group.layers[0])
-        found = find_shared(checkpoint, group, store, settings.device)
+        found = find_shared(checkpoint, group, store, settings.device, as_asked=settings.joint_as_asked)
         for layer in group.layers:
             if isinstance(found, str):
                 decided[layer.name] = Decision(layer, None, found, layer.dense_bytes)

@@ -25,11 +25,15 @@ TYPE_NAMES = {dtype: name for name, dtype in STORED_TYPES.items()}
 
 @dataclass(frozen=True)
 class Settings:
-    """How layers are computed and stored: ``store`` None keeps each layer's own type."""
+    """How layers are computed and stored: ``store`` None keeps each layer's own type.
+
+    joint_as_asked: whether layers that a plan fits as one are that also where factors of their own would fit better.
+    """
 
     store: torch.dtype | None = None
     device: torch.device = CPU
     allow_nonfinite: bool = False
+    joint_as_asked: bool = False
 
     def stored_type(self, layer: Layer) -> torch.dtype:
         """Return the type in which the layer's factors are stored."""

@@ -15,7 +15,7 @@ from tcompress.runtime.learning import Learning
 from tcompress.training.coded import ThroughCodes, through_codes
 from tcompress.training.factors import as_stored, let_learn
 from tcompress.workflow.loading import load_into
-from tests.training.tasks import MLP
+from tests.training.tasks import MLP, factors
 
 STORES = pytest.mark.parametrize("store", [torch.int8, INT4, INT3], ids=str)
 SETTINGS = pytest.mark.parametrize("setting", [SVD(8), Sparse(0.3), LowRankSparse(rank=4, density=0.2)], ids=str)
@@ -154,3 +154,14 @@ def test_few_bits_are_worth_more_when_they_are_learnt_through(method, small, tun
         result = tune(path, make_method(text), epochs=12, force=True, against=fixtures / "digits_mlp.safetensors")
         scores[through] = max(row.scores["accuracy"] for row in result.rows)
     assert scores["true"] > scores["false"] + 0.02
+
+
+@pytest.mark.parametrize("store", [torch.int8, INT4, INT3], ids=str)
+def test_a_tuned_file_that_no_epoch_betters_is_written_as_it_was(store, small, tune):
+    tuned = tune(small(Sparse(0.3), store), epochs=6, lr=2e-2)
+    values = factors(tuned.output.path)
+    again = tune(tuned.output.path, epochs=None, steps=1, lr=1e-30, out="again.safetensors")
+    assert again.best_epoch == 0
+    assert again.rows[0].scores == tuned.after.scores
+    assert all(torch.equal(each, values[key]) for key, each in factors(again.output.path).items())
+    assert again.output.path.read_bytes() == tuned.output.path.read_bytes()

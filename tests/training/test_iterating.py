@@ -22,6 +22,8 @@ from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
 from tcompress.formats.tucker import Tucker
 from tcompress.report.tuning import tuning_document, tuning_markdown
+from tcompress.training.distillation import Distill
+from tcompress.training.finetuning import Finetune
 from tcompress.training.iterating import Iterate
 from tests.training.tasks import CNN, MLP, ROOT
 
@@ -275,6 +277,21 @@ def test_codes_teachers_and_folders_do_as_well(dense, tune, fixtures):
     assert verify(open_checkpoint(folder.output.path), against=original).problems == ()
 
 
+def test_what_trains_has_its_own_options(dense, tune, tcompress, tmp_path):
+    assert Iterate(by="distill").trainer == Distill()
+    assert make_method("iterate:by=distill:temperature=2:alpha=0.5").trainer == Distill(alpha=0.5, temperature=2)
+    assert make_method("iterate:through_codes=false").trainer == Finetune(through_codes=False)
+    written = set()
+    for alpha in ("0.9", "0.5"):
+        method = make_method(f"iterate:by=distill:rounds=2:alpha={alpha}")
+        written.add(tune(dense, method, epochs=2, out=f"{alpha}.safetensors").output.sha256)
+    assert len(written) == 2
+    words = ["finetune", str(dense), "--task", "task.py", "--method", "iterate:by=distill:rounds=2", "--epochs", "2"]
+    said = tcompress(*words, "--alpha", "0.5", "--device", "cpu", "-o", "said.safetensors")
+    assert said.code == 0, said.err
+    assert (tmp_path / "said.safetensors").read_bytes() == (tmp_path / "0.5.safetensors").read_bytes()
+
+
 def test_nothing_to_compress_is_one_line_and_nothing_is_left(tune, tcompress, tmp_path):
     torch.manual_seed(0)
     noise = nn.Linear(40, 40, bias=False)
@@ -298,6 +315,11 @@ def test_nothing_to_compress_is_one_line_and_nothing_is_left(tune, tcompress, tm
         ("iterate:weakening=0", "weakening must be above 0 and at most 1, got 0"),
         ("iterate:keep=2", "keep must be a fraction above 0 and below 1, got 2"),
         ("iterate:by=prune", "by: 'prune' is none of finetune, distill"),
+        ("iterate:temperature=2", "--method iterate:by=finetune: has no option temperature; it has through_codes"),
+        ("iterate:by=distill:alpha=few", "--method iterate:by=distill: alpha is as 0.9, got 'few'"),
+        ("iterate:by=distill:temperature=0", "--temperature must be above 0, got 0"),
+        ("iterate:by=distill:through_codes=1", "--method iterate:by=distill: through_codes is as True, got 1"),
+        ("iterate:order=together", "--method iterate: has no option order; it has rounds, weakening, .*, kl_direction"),
         ("iterate:towards=zero", "towards: 'zero' is none of core, dense"),
     ],
 )

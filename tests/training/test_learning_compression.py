@@ -13,6 +13,7 @@ import tcompress as package
 from fixtures.models import DigitsMLP, held_out_images
 from tcompress import compress, load_into, make_method, plan_for, verify
 from tcompress.checkpoint.opening import open_checkpoint
+from tcompress.encodings import INT3, INT4
 from tcompress.errors import LimitError, TaskError, UsageError
 from tcompress.formats.joint import Joint
 from tcompress.formats.low_rank_sparse import LowRankSparse
@@ -191,7 +192,8 @@ def test_the_first_penalty_weighs_what_direct_compression_adds_to_the_loss(prepa
     assert objective.penalty(0, 9) / 2 * distance == pytest.approx(0.003, rel=0.05)
 
 
-def test_the_weights_come_to_what_they_compress_to(run, monkeypatch):
+@pytest.mark.parametrize("store", [None, torch.int8, INT4, INT3], ids=str)
+def test_the_weights_come_to_what_they_compress_to_and_is_stored(store, run, monkeypatch):
     distances = []
     plain = LearningCompression.objective
 
@@ -207,7 +209,7 @@ def test_the_weights_come_to_what_they_compress_to(run, monkeypatch):
         return made
 
     monkeypatch.setattr(LearningCompression, "objective", watched)
-    run(SVD(rank=4), LearningCompression(growth=3.0, multipliers=False), epochs=8, lr=5e-2)
+    run(SVD(rank=4), LearningCompression(growth=3.0, multipliers=False), epochs=8, lr=5e-2, store=store)
     assert all(after <= 1.02 * before for before, after in itertools.pairwise(distances[2:]))
     assert distances[-1] < 0.05 * distances[0]
 
@@ -229,16 +231,17 @@ def test_scores_are_those_of_what_is_written_which_starts_as_compress_has_it(set
 
 
 @pytest.mark.parametrize(
-    ("setting", "method"),
+    ("setting", "method", "store"),
     [
-        (ReshapedSum(rank=2), LearningCompression(alpha=2e-4, mu=0.05, until=1.0)),
-        (Sparse(density=0.2), LearningCompression(one_threshold=True)),
+        (ReshapedSum(rank=2), LearningCompression(alpha=2e-4, mu=0.05, until=1.0), torch.int8),
+        (Sparse(density=0.2), LearningCompression(one_threshold=True), torch.int8),
+        (LowRankSparse(rank=2, density=0.1), LearningCompression(growth=3.0), INT3),
     ],
-    ids=["ranks are learnt", "one threshold"],
+    ids=["ranks are learnt", "one threshold", "few bits"],
 )
-def test_a_stopped_run_goes_on_to_the_same_bytes(setting, method, run, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_bytes(setting, method, store, run, monkeypatch):
     text = CNN.split("def evaluate")[0] + "def evaluate(model):\n    return float(model.bn1.num_batches_tracked)\n"
-    options = {"source": "digits_cnn.safetensors", "text": text, "store": torch.int8}
+    options = {"source": "digits_cnn.safetensors", "text": text, "store": store}
     whole = run(setting, method, out="whole.safetensors", **options)
     assert whole.best_epoch == 2
     monkeypatch.setenv("DIE_HOW", "interrupt")

@@ -12,7 +12,7 @@ import tcompress as package
 from fixtures.models import DigitsMLP, held_out_images
 from tcompress import compress, decompress, load_into, make_method, plan_for, verify
 from tcompress.checkpoint.opening import open_checkpoint
-from tcompress.encodings import INT4
+from tcompress.encodings import INT3, INT4
 from tcompress.errors import LimitError, NumericalError, UsageError
 from tcompress.formats.low_rank_sparse import LowRankSparse
 from tcompress.formats.sparse import Sparse
@@ -195,6 +195,22 @@ def test_an_epoch_that_goes_on_prunes_nothing(prepared, tmp_path):
     assert all(each.mask.all() for each in parts_of(model))
 
 
+@pytest.mark.parametrize("setting", [Sparse(density=0.15), ADDITIVE, MASKING], ids=str)
+def test_from_the_last_pruning_on_what_learns_is_what_would_be_stored(setting, prepared, tmp_path):
+    model, dense = prepared(setting, INT3)
+    task = package.load_task(str(tmp_path / "task.py"), needs_of(Prune()))
+    objective = Prune().objective(Setup(task, model, dense, epochs=4, seed=0))
+    distances = []
+    for epoch in (1, 2, 3):
+        objective.begin_epoch(epoch, anew=True)
+        learning = [layer.weight.detach().clone() for layer in collect(model).values()]
+        with as_stored(model):
+            stored = [layer.weight.detach().clone() for layer in collect(model).values()]
+        distances.append(max(float((a - b).norm() / b.norm()) for a, b in zip(learning, stored, strict=True)))
+    assert distances[0] > 0.05
+    assert distances[1:] == pytest.approx([0, 0], abs=1e-4)
+
+
 def test_the_settings_say_the_density_while_factors_are_as_stored_and_not_longer(prepared):
     model, _ = prepared(ADDITIVE)
     prune(parts_of(model), 100)
@@ -264,13 +280,14 @@ def test_convolutions_are_pruned_as_their_matrices(pruned, fixtures):
     assert verify(open_checkpoint(result.output.path), against=dense).problems == ()
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(pruned, monkeypatch):
+@pytest.mark.parametrize("store", [torch.int8, INT3], ids=str)
+def test_a_stopped_run_goes_on_to_the_same_bytes(store, pruned, monkeypatch):
     setting = LowRankSparse(rank=1, density=0.2)
-    options = {"source": "digits_cnn.safetensors", "text": CNN, "store": torch.int8, "epochs": 2}
-    method = Prune(until=1.0)
+    options = {"source": "digits_cnn.safetensors", "text": CNN, "store": store, "epochs": 3}
+    method = Prune(until=0.5)  # the second epoch of five steps is the first that learns through codes
     whole = pruned(setting, method, out="whole.safetensors", **options).output
     monkeypatch.setenv("DIE_HOW", "interrupt")
-    for die_at, save_every in ((8, 10.0), (8, 1e-9)):
+    for die_at, save_every in ((4, 1e-9), (8, 10.0), (8, 1e-9), (13, 1e-9)):
         monkeypatch.setenv("DIE_AT", str(die_at))
         with pytest.raises(KeyboardInterrupt):
             pruned(setting, method, save_every=save_every, **options)

@@ -11,8 +11,9 @@ from torch import nn
 
 import tcompress as package
 from tcompress import compress, load_into, plan_for, verify
+from tcompress.checkpoint.manifest import read_manifest
 from tcompress.checkpoint.opening import open_checkpoint
-from tcompress.encodings import INT4
+from tcompress.encodings import INT3, INT4
 from tcompress.errors import UsageError
 from tcompress.formats import FORMATS, make
 from tcompress.formats.grouped import GroupFormat
@@ -23,9 +24,10 @@ from tcompress.formats.ttm import TTMatrix
 from tcompress.runtime.install import collect
 from tcompress.runtime.packed import held_in
 from tcompress.training.factors import as_stored, let_learn
+from tcompress.training.objective import Setup
 from tcompress.training.scratch import FromScratch, draw
 from tcompress.workflow.settings import Settings
-from tests.training.tasks import CNN, MLP
+from tests.training.tasks import CNN, MLP, THREE
 
 SIZES = {
     "sparse": {"density": 0.2},
@@ -131,6 +133,19 @@ def test_layers_of_a_group_share_what_was_drawn(tmp_path):
         assert float(layer.weight.detach().square().mean()) == pytest.approx(1 / 72, rel=1e-4)
 
 
+def test_a_group_is_trained_as_one_also_where_its_trained_weights_are_better_apart(scratch, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(24, 1, generator=generator), torch.randn(1, 24, generator=generator)) for _ in range(3)]
+    save_file({f"{n}.weight": left @ right for n, (left, right) in enumerate(pairs)}, tmp_path / "own.safetensors")
+    dense, plan = open_checkpoint(tmp_path / "own.safetensors"), plan_for(Joint(ranks=(2, 3, 3)))
+    apart = compress(dense, plan, out=tmp_path / "apart.safetensors").layers[0]
+    assert apart.reason.startswith("3 layers are better apart")
+    result = scratch(plan, text=THREE, source=tmp_path / "own.safetensors", epochs=1)
+    assert not [note for note in result.notes if "dense" in note]
+    assert set(read_manifest(open_checkpoint(result.output.path)).layers) == {f"{n}.weight" for n in range(3)}
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("setting", [SVD(rank=4), TTMatrix(rank=4), Sparse(density=0.2)], ids=str)
 def test_it_learns_and_what_is_written_verifies(setting, scratch):
     result = scratch(setting, epochs=15, lr=2e-2)
@@ -160,18 +175,37 @@ def test_statistics_and_normalisations_begin_anew(scratch, fixtures):
     assert not torch.equal(written["bn1.running_mean"], trained["bn1.running_mean"])
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(scratch, monkeypatch):
-    whole = scratch(Sparse(density=0.2), out="whole.safetensors", store=torch.int8).output
+@pytest.mark.parametrize("setting", [SVD(rank=3), Sparse(density=0.2)], ids=str)
+def test_in_the_second_half_of_the_steps_what_learns_is_what_would_be_stored(setting, drawn):
+    distances = []
+    for asked in (True, False):
+        model = drawn(setting, store=INT3)
+        objective = FromScratch(through_codes=asked).objective(Setup(None, model, None, epochs=1, seed=0))
+        for step in (0, 3, 4, 6):
+            objective.begin_step(step, 7)
+            learning = [layer.factors.reconstruct().detach().clone() for layer in collect(model).values()]
+            with as_stored(model):
+                stored = [layer.factors.reconstruct().detach().clone() for layer in collect(model).values()]
+            distances.append(max(float((a - b).norm() / b.norm()) for a, b in zip(learning, stored, strict=True)))
+    assert min(distances[:2] + distances[4:]) > 0.05
+    assert distances[2:4] == pytest.approx([0, 0], abs=1e-4)
+
+
+@pytest.mark.parametrize("store", [torch.int8, INT3], ids=str)
+def test_a_stopped_run_goes_on_to_the_same_bytes(store, scratch, monkeypatch):
+    whole = scratch(Sparse(density=0.2), out="whole.safetensors", store=store).output
     text = MLP + "\nimport os\nplain, calls = loss, 0\ndef loss(model, batch):\n    global calls\n    calls += 1\n"
     text += "    if calls == int(os.environ.get('DIE_AT', '0')):\n        raise KeyboardInterrupt\n"
     text += "    return plain(model, batch)\n"
-    monkeypatch.setenv("DIE_AT", "7")
-    with pytest.raises(KeyboardInterrupt):
-        scratch(Sparse(density=0.2), text=text, save_every=1e-9, store=torch.int8)
-    monkeypatch.setenv("DIE_AT", "0")
-    result = scratch(Sparse(density=0.2), text=text, save_every=1e-9, store=torch.int8)
-    assert "went on from step 6 of a run that was stopped" in result.notes
-    assert result.output.sha256 == whole.sha256
+    for die_at in (4, 6, 8):  # of ten steps
+        monkeypatch.setenv("DIE_AT", str(die_at))
+        with pytest.raises(KeyboardInterrupt):
+            scratch(Sparse(density=0.2), text=text, save_every=1e-9, store=store)
+        monkeypatch.setenv("DIE_AT", "0")
+        result = scratch(Sparse(density=0.2), text=text, save_every=1e-9, store=store)
+        assert f"went on from step {die_at - 1} of a run that was stopped" in result.notes
+        assert result.output.sha256 == whole.sha256
+        result.output.path.unlink()
 
 
 def test_what_would_keep_trained_values_is_refused(scratch, tmp_path):
