@@ -14,7 +14,7 @@ from tcompress.checkpoint.statistics_file import LayerStatistics, Statistics
 from tcompress.formats.metric import PLAIN, Metric
 from tcompress.workflow.assumed import assumed_metric
 from tcompress.workflow.calibration import require_source
-from tcompress.workflow.importance import importances, values_alone
+from tcompress.workflow.importance import importances, outputs_alone, values_alone
 from tcompress.workflow.moments import metric_of_counts, metrics_of
 from tcompress.workflow.multiplications import Call, calls_of
 from tcompress.workflow.progress import Progress
@@ -54,7 +54,7 @@ def known_of(
     inputs: str,
     progress: Progress,
 ) -> Knowledge:
-    """Return what a model with its inputs says, or else the statistics of one, or else the layers' sizes.
+    """Return what a model with its inputs says, or else the statistics of one, or else the layers' shapes.
 
     inputs: what is assumed of them in the last case.
     """
@@ -66,7 +66,7 @@ def known_of(
     if statistics is not None:
         return _from(checkpoint, layers, statistics)
     metrics = {layer.name: assumed_metric(layer, inputs) for layer in layers}
-    return Knowledge({layer.name: values_alone(layer) for layer in layers}, metrics, inputs=inputs)
+    return Knowledge({layer.name: outputs_alone(layer) for layer in layers}, metrics, inputs=inputs)
 
 
 def _from(checkpoint: Checkpoint, layers: Sequence[Layer], statistics: Statistics) -> Knowledge:

@@ -88,3 +88,10 @@ def test_statistics_weigh_tables_and_matrices_by_one_measure(rows, traced):
     # Without the one or without the other the same output is gone.
     assert change["embed.weight"] == pytest.approx(change["linear.weight"], rel=0.25)
     assert math.isfinite(change["embed.weight"])
+
+
+def test_without_inputs_a_layer_counts_as_the_root_of_its_outputs(traced):
+    _, checkpoint = traced(64)
+    layers = find_layers(checkpoint)
+    known = known_of(checkpoint, layers, None, None, SMOOTH, silent)
+    assert known.importance == {layer.name: math.sqrt(layer.shape[0]) for layer in layers}
