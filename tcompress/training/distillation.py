@@ -20,7 +20,8 @@ from tcompress.training.coded import ThroughCodes, through_codes
 from tcompress.training.losses import require_gradient
 from tcompress.training.objective import Method, Objective, Setup
 from tcompress.training.options import Defaults
-from tcompress.workflow.task import Task, failed
+from tcompress.workflow.task import Task
+from tcompress.workflow.user_code import failed
 
 DIRECTIONS = ("student-teacher", "teacher-student")
 _WRITE = "write: def logits(model, batch) -> torch.Tensor"

@@ -29,8 +29,9 @@ from tcompress.training.objective import Method, Objective, Setup
 from tcompress.training.options import Defaults
 from tcompress.training.schedule import cosine
 from tcompress.training.units import LAYER, Unit, find_units, in_no_unit, whole
-from tcompress.workflow.task import Task, failed
+from tcompress.workflow.task import Task
 from tcompress.workflow.tracing import as_call, on_device
+from tcompress.workflow.user_code import failed
 
 TOGETHER, SEQUENTIAL = "together", "sequential"
 ORDERS = (TOGETHER, SEQUENTIAL)

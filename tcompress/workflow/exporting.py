@@ -36,7 +36,8 @@ from tcompress.workflow.onnx_file import (
 )
 from tcompress.workflow.onnx_layers import ExportedLayer, Plain
 from tcompress.workflow.results import Stored, describe
-from tcompress.workflow.task import Task, failed
+from tcompress.workflow.task import Task
+from tcompress.workflow.user_code import failed
 
 NEEDS = ("model",)  # functions that a task must have for export_onnx(), and those that are used if there
 USES = ("example_inputs", "calibration_batches", "dynamic_shapes")

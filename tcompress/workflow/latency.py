@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tcompress.errors import TaskError, TcompressError
-from tcompress.workflow.task import Task, failed
+from tcompress.workflow.task import Task
+from tcompress.workflow.user_code import failed
 
 BATCH_SIZES = (1, 32)
 WARM_UP_CALLS = 3  # the first calls choose kernels and rebuild weights

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.errors import NumericalError, TaskError, TcompressError
 from tcompress.workflow.samples import samples_in, tensors_in
-from tcompress.workflow.task import Task, failed
+from tcompress.workflow.task import Task
 from tcompress.workflow.tracing import Traced, Use, on_device
+from tcompress.workflow.user_code import failed
 
 MOST_LOSS_BATCHES = 256  # a task may give whole epochs, or go on for ever
 _SIGNS_SEED = 0

@@ -20,23 +20,18 @@ file: nothing here protects from what it does.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.util
-import inspect
 import math
 import numbers
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from tcompress.errors import Stopped, TaskError, TcompressError, UsageError
+from tcompress.errors import TaskError, UsageError
+from tcompress.workflow.user_code import accepts, call, find_object, load
 
 _SIGNATURES = {
     "model": "def model() -> torch.nn.Module",
@@ -52,7 +47,6 @@ _SIGNATURES = {
     "logits": "def logits(model, batch) -> torch.Tensor",
 }
 _ARGUMENTS = {"evaluate": 1, "loss": 2, "optimizer": 1, "scheduler": 1, "logits": 2}  # of the others none
-_MOST = 1000  # characters of somebody else's message
 
 
 class Task:
@@ -162,21 +156,21 @@ class Task:
         """Return how many training batches there are, None where what gives them does not say."""
         found = self._call(self.batches)
         try:
-            return int(_run(self.path, len, found))
+            return int(call(self.path, len, found))
         except TaskError as error:
             if isinstance(error.__cause__, TypeError):  # a generator, or a loader of a stream
                 return None
             raise
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        return _run(self.path, self._functions[name], *arguments)
+        return call(self.path, self._functions[name], *arguments)
 
     def _batches(self, name: str) -> Iterator[Any]:
         found = self._call(name)
         if not isinstance(found, Iterable):
             raise self._wrong(name, found, "something to iterate over")
-        iterator, end = _run(self.path, iter, found), object()
-        while (batch := _run(self.path, next, iterator, end)) is not end:
+        iterator, end = call(self.path, iter, found), object()
+        while (batch := call(self.path, next, iterator, end)) is not end:
             yield batch
 
     def _wrong(self, name: str, found: object, wanted: str) -> TaskError:
@@ -196,33 +190,17 @@ def load_task(spec: str, needs: Collection[str], uses: Collection[str] = ()) -> 
     takes other arguments; TaskError when the file raises an exception.
     """
     path, name = _parts(spec)
-    module = _run(path, _load, path)
+    module = call(path, load, path)
     where, holder = str(path), module
     if name is not None:
-        where, holder = f"{path}:{name}", _object(path, module, name)
-    found = {each: _run(path, getattr, holder, each, None) for each in (*needs, *uses)}
+        where, holder = f"{path}:{name}", find_object(path, module, name)
+    found = {each: call(path, getattr, holder, each, None) for each in (*needs, *uses)}
     problems = [f"has no function {each}; write: {_SIGNATURES[each]}" for each in needs if found[each] is None]
     there = {each: function for each, function in found.items() if function is not None}
     problems += [text for each, function in there.items() if (text := _unfit(each, function)) is not None]
     if problems:
         raise UsageError("; and ".join(problems), path=where)
     return Task(spec, path, there)
-
-
-def failed(error: BaseException, path: Path, why: str = "") -> TaskError:
-    """Return the one line that stands for an exception of a user's code: file:line, ``why``, type and message."""
-    line, trace = None, error.__traceback__
-    while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == path.resolve():
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    try:
-        message = " ".join(str(error).split())
-    except Exception:  # noqa: BLE001 - it is the user's __str__
-        message = ""
-    message = message if len(message) <= _MOST else message[:_MOST] + "..."
-    said = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return TaskError(why + said, path=path if line is None else f"{path}:{line}")
 
 
 def _parts(spec: str) -> tuple[Path, str | None]:
@@ -240,67 +218,14 @@ def _parts(spec: str) -> tuple[Path, str | None]:
     return path, name or None
 
 
-def _load(path: Path) -> ModuleType:
-    """Run the file as a module of a private name: classes in it find their module there, as dataclasses must."""
-    full = path.resolve()
-    name = f"_tcompress_task_{hashlib.sha256(str(full).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, full)
-    assert spec is not None, "its suffix is .py"  # noqa: S101
-    loader = spec.loader
-    assert isinstance(loader, importlib.machinery.SourceFileLoader)  # noqa: S101
-    try:
-        # Apart from running it: an error of syntax is told by its own line, not by the line that imports.
-        loader.source_to_code(full.read_bytes(), str(full))
-    except SyntaxError as error:
-        raise UsageError(
-            f"is no Python: {error.msg}", path=path if error.lineno is None else f"{path}:{error.lineno}"
-        ) from error
-    except ValueError as error:
-        raise UsageError(f"is no Python: {error}", path=path) from error
-    except OSError as error:
-        raise UsageError(f"cannot be read ({error.strerror})", path=path) from error
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _object(path: Path, module: ModuleType, name: str) -> Any:
-    found = _run(path, getattr, module, name, None)
-    if found is None:
-        known = sorted(each for each in vars(module) if not each.startswith("_"))
-        raise UsageError(f"has no object {name}; it has {', '.join(known) or 'nothing'}", path=path)
-    if not isinstance(found, type):
-        return found
-    if not _accepts(found, 0):
-        raise UsageError("is a class that cannot be made without arguments", path=f"{path}:{name}")
-    return _run(path, found)
-
-
 def _unfit(name: str, function: object) -> str | None:
     """Say why this object cannot be the function of that name, None when it can."""
     if not callable(function):
         return f"its {name} is no function but {type(function).__name__}; write: {_SIGNATURES[name]}"
     count = _ARGUMENTS.get(name, 0)
-    if not _accepts(function, count):
+    if not accepts(function, count):
         return f"its {name} cannot be called with {count} argument(s); write: {_SIGNATURES[name]}"
     return None
-
-
-def _accepts(function: Callable[..., Any], count: int) -> bool:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return True  # one written in C may not tell
-    try:
-        signature.bind(*[None] * count)
-    except TypeError:
-        return False
-    return True
 
 
 def _number(score: object) -> float | None:
@@ -311,27 +236,3 @@ def _number(score: object) -> float | None:
     if isinstance(score, bool) or not isinstance(score, numbers.Real):
         return None
     return float(score)
-
-
-def _run(path: Path, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a user's function: at home in its folder, and with every exception turned into a line."""
-    try:
-        with _at_home(path), contextlib.redirect_stdout(sys.stderr):
-            return function(*arguments)
-    except (KeyboardInterrupt, Stopped, TcompressError):
-        raise
-    except BaseException as error:  # sys.exit() among them: it must not end the command without a word
-        raise failed(error, path) from error
-
-
-@contextlib.contextmanager
-def _at_home(path: Path) -> Iterator[None]:
-    home, wrote_none = str(path.resolve().parent), sys.dont_write_bytecode
-    sys.path.insert(0, home)
-    sys.dont_write_bytecode = True
-    try:
-        yield
-    finally:
-        sys.dont_write_bytecode = wrote_none
-        with contextlib.suppress(ValueError):  # the user's code may have changed it
-            sys.path.remove(home)

@@ -22,7 +22,8 @@ from tcompress.errors import TaskError, TcompressError
 from tcompress.runtime.install import obstacle
 from tcompress.workflow.loading import load_state_dict
 from tcompress.workflow.matching import homes_of, places_in, without_prefix
-from tcompress.workflow.task import Task, failed
+from tcompress.workflow.task import Task
+from tcompress.workflow.user_code import failed
 
 _ROWS = 16384  # of one batch, at most
 NEEDS = ("model", "calibration_batches")  # functions that a task must have to be traced

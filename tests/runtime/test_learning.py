@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tcompress.formats import pattern
-from tcompress.formats.low_rank_sparse import LowRankPlusSparse, LowRankSparse
+from tcompress.formats.low_rank_plus_sparse import LowRankPlusSparse
+from tcompress.formats.low_rank_sparse import LowRankSparse
 from tcompress.formats.pattern import Pattern
 from tcompress.formats.sparse import Sparse
 from tcompress.formats.sparse_product import SparseProduct
