@@ -15,7 +15,7 @@ from torch.func import functional_call
 from tcompress.formats.base import Factorization, matrix_of
 from tcompress.linalg.multilinear import refine
 from tcompress.linalg.output_error import output_error, require_moment
-from tcompress.linalg.svd import scaled_to_unit, times_power_of_two
+from tcompress.linalg.scaling import scaled_to_unit, times_power_of_two
 
 Found = TypeVar("Found", bound=Factorization)
 

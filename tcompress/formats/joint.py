@@ -37,8 +37,8 @@ from tcompress.formats.together import Fit, error_together, of_inputs, refined_t
 from tcompress.formats.tucker import Tucker
 from tcompress.linalg.distance import compare, frobenius_norm
 from tcompress.linalg.output_error import best_in_metric
-from tcompress.linalg.scaling import even_ranges
-from tcompress.linalg.svd import scaled_to_unit, times_power_of_two, truncated_svd
+from tcompress.linalg.scaling import even_ranges, scaled_to_unit, times_power_of_two
+from tcompress.linalg.svd import truncated_svd
 from tcompress.linalg.tucker import tucker, usable_ranks
 
 METHODS = ("tucker", "svd")

@@ -25,7 +25,8 @@ from tcompress.linalg.output_error import (
     scales_of,
     times,
 )
-from tcompress.linalg.svd import scaled_to_unit, times_power_of_two, truncated_svd
+from tcompress.linalg.scaling import scaled_to_unit, times_power_of_two
+from tcompress.linalg.svd import truncated_svd
 from tcompress.linalg.trimmed import Product, Summand, fit_trimmed, power_step, trimmed_error
 
 FEW_ROUNDS = 5  # of an alternation that is not worth a good start

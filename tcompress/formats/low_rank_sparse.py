@@ -35,7 +35,7 @@ from tcompress.formats.svd import SVD
 from tcompress.linalg.distance import compare, frobenius_norm
 from tcompress.linalg.magnitude import keep_largest, smallest_count_for_error
 from tcompress.linalg.output_error import sparse_in_metric
-from tcompress.linalg.svd import scaled_to_unit, times_power_of_two
+from tcompress.linalg.scaling import scaled_to_unit, times_power_of_two
 
 METHODS = ("alternating", "residual", "masking")
 RECONSTRUCTIONS = ("additive", "masking")

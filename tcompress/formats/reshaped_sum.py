@@ -23,7 +23,8 @@ from tcompress.formats.search import smallest_reaching
 from tcompress.formats.svd import SVD
 from tcompress.formats.ttm import TTMatrix
 from tcompress.linalg.distance import frobenius_norm
-from tcompress.linalg.svd import rank_at_price, scaled_to_unit, singular_values
+from tcompress.linalg.scaling import scaled_to_unit
+from tcompress.linalg.svd import rank_at_price, singular_values
 
 RESHAPES = ("channel", "spatial", "paired")
 _SWEEPS = 30

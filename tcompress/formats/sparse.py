@@ -36,8 +36,8 @@ from tcompress.formats.rows import CompressedRows
 from tcompress.linalg.distance import compare
 from tcompress.linalg.magnitude import keep_in_groups, keep_largest, smallest_count_for_error
 from tcompress.linalg.output_error import refit_on_support, sparse_in_metric
+from tcompress.linalg.scaling import scaled_to_unit, times_power_of_two
 from tcompress.linalg.surgeon import surgeon
-from tcompress.linalg.svd import scaled_to_unit, times_power_of_two
 
 METHODS = ("magnitude", "surgeon")
 _BLOCKS, _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 16, 128

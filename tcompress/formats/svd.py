@@ -30,14 +30,8 @@ from tcompress.formats.for_output import best_for_output, refined, unit_moment
 from tcompress.formats.outlook import Outlook
 from tcompress.formats.staged import StagedFactorization, Stages
 from tcompress.linalg.output_error import best_in_metric
-from tcompress.linalg.svd import (
-    left_out,
-    rank_at_price,
-    rank_for_error,
-    scaled_to_unit,
-    singular_values,
-    truncated_svd,
-)
+from tcompress.linalg.scaling import scaled_to_unit
+from tcompress.linalg.svd import left_out, rank_at_price, rank_for_error, singular_values, truncated_svd
 
 MATRICISATIONS = ("channel", "spatial")
 

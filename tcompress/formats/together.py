@@ -18,7 +18,7 @@ from tcompress.formats.base import Factorization, matrix_of
 from tcompress.formats.metric import Metric
 from tcompress.linalg.multilinear import refine
 from tcompress.linalg.output_error import whole_of
-from tcompress.linalg.svd import scaled_to_unit, times_power_of_two
+from tcompress.linalg.scaling import scaled_to_unit, times_power_of_two
 
 Factors = Mapping[str, Tensor]
 Fit = tuple[Factors, list[Factors]]  # what all members share, and what is each one's own

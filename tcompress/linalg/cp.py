@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from tcompress.errors import NumericalError
-from tcompress.linalg.svd import scaled_to_unit, symmetric_eigen, times_power_of_two, truncated_svd
+from tcompress.linalg.eigen import symmetric_eigen
+from tcompress.linalg.scaling import scaled_to_unit, times_power_of_two
+from tcompress.linalg.svd import truncated_svd
 
 NORM_LIMIT = 16.0  # times ||X||^2: what cp_als lets the squared norms of all components sum up to
 DEGENERATE = 20.0  # times the squared norm of their sum: components this large cancel each other

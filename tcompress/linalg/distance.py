@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tcompress.linalg.svd import times_power_of_two
+from tcompress.linalg.scaling import times_power_of_two
 
 _BLOCK = 1 << 18  # values compared at one time: they stay in the cache from one operation to the next
 _SQUARED_SAFELY = 1e140  # lengths up to this, and down to its inverse, are sums of squares that float64 holds

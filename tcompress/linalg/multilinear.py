@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tcompress.linalg.output_error import diagonal_of, output_error, times
-from tcompress.linalg.svd import scaled_to_unit, times_power_of_two
+from tcompress.linalg.scaling import scaled_to_unit, times_power_of_two
 
 Rebuild = Callable[[Sequence[Tensor]], Tensor]
 

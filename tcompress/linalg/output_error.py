@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from tcompress.errors import NumericalError
+from tcompress.linalg.eigen import symmetric_eigen
 from tcompress.linalg.magnitude import keep_largest
-from tcompress.linalg.svd import symmetric_eigen, truncated_svd
+from tcompress.linalg.svd import truncated_svd
 from tcompress.linalg.trimmed import Product, Summand
 
 _FLAT = 1e-10  # of the largest eigenvalue: directions of the input that are rounding noise

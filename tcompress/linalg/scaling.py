@@ -1,13 +1,37 @@
-"""Factors of a product brought to one range, so that a type of few exponents holds them all."""
+"""Powers of two, which change no digit: values brought to where they can be squared, factors to one range."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from tcompress.linalg.svd import times_power_of_two
+from tcompress.errors import NumericalError
+
+_SAFE_EXPONENT = 20  # entries within 2^-20..2^20 can be squared, and summed, in float32
+
+
+def scaled_to_unit(matrix: Tensor) -> tuple[Tensor, int]:
+    """Return ``matrix`` times 2^-exponent and the exponent, so that squares neither overflow nor underflow.
+
+    A power of two changes no digit; where there is no need for it the matrix is not copied.
+    """
+    low, high = (float(bound) for bound in torch.aminmax(matrix))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise NumericalError("the weight holds NaN or infinite values")
+    exponent = math.frexp(max(-low, high))[1]
+    if abs(exponent) <= _SAFE_EXPONENT:
+        return matrix, 0
+    return times_power_of_two(matrix, -exponent), exponent
+
+
+def times_power_of_two(values: Tensor, exponent: int) -> Tensor:
+    """Return ``values`` times 2^exponent: exact, but for overflow and underflow."""
+    # In two steps, because 2^149, which the smallest float32 needs, is itself no float32.
+    half = exponent // 2
+    return values * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)
 
 
 def even_ranges(factors: Sequence[Tensor]) -> list[Tensor]:

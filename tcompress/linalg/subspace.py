@@ -10,7 +10,9 @@ from torch import Tensor
 
 from tcompress.errors import NumericalError
 from tcompress.linalg.distance import frobenius_norm
-from tcompress.linalg.svd import scaled_to_unit, symmetric_eigen, times_power_of_two, truncated_svd
+from tcompress.linalg.eigen import symmetric_eigen
+from tcompress.linalg.scaling import scaled_to_unit, times_power_of_two
+from tcompress.linalg.svd import truncated_svd
 
 FINE = 1e-6  # excess of one truncation over the best of its rank: those of all modes add up
 

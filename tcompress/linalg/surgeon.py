@@ -22,7 +22,7 @@ from torch import Tensor
 from tcompress.errors import NumericalError
 from tcompress.linalg.magnitude import keep_in_groups, keep_largest
 from tcompress.linalg.output_error import require_moment, whole_of
-from tcompress.linalg.svd import scaled_to_unit, times_power_of_two
+from tcompress.linalg.scaling import scaled_to_unit, times_power_of_two
 
 Rounding = Callable[[Tensor], Tensor]
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented, but not in its __all__
 
 from tcompress.errors import NumericalError
+from tcompress.linalg.eigen import symmetric_eigen
+from tcompress.linalg.scaling import scaled_to_unit, times_power_of_two
 
 RELATIVE_EXCESS = 1e-3  # the Frobenius error may be this much above the best of its rank, if not said otherwise
 ABSOLUTE_EXCESS = 1e-6  # ... or by this much of the norm: what float32 weights cannot tell apart
@@ -31,7 +33,6 @@ _FLOAT32_DECOMPOSES = 1e-2  # of ||A||^2; a larger residual hardly feels the rou
 _DEPENDENT = 1e-12  # eigenvalue of a block's Gram matrix, over the largest, below which a direction is rounding noise
 _GRADED = 1e-4  # value over the largest, below which the float64 Gram matrix leaves long vectors not orthogonal
 _GRAM_RESOLVES = 1e-6  # value over the largest, below which the float64 Gram matrix gives fewer than three digits
-_SAFE_EXPONENT = 20  # entries within 2^-20..2^20 can be squared, and summed, in float32
 _SPARE_COLUMNS = 8  # of a block beyond the rank, as Halko et al. advise
 _COLUMN_STEP = 16  # matrix products run fastest at multiples of the vector registers
 _FEWEST_COLUMNS = 32  # with fewer a pass over a large matrix takes no less time: reading it is then the limit
@@ -127,20 +128,6 @@ def rank_at_price(values: Tensor, price: float) -> int:
     values: all singular values, descending. Each one pays for itself or not, whatever the others do.
     """
     return int((values.square() > price).sum())
-
-
-def scaled_to_unit(matrix: Tensor) -> tuple[Tensor, int]:
-    """Return ``matrix`` times 2^-exponent and the exponent, so that squares neither overflow nor underflow.
-
-    A power of two changes no digit; where there is no need for it the matrix is not copied.
-    """
-    low, high = (float(bound) for bound in torch.aminmax(matrix))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise NumericalError("the weight holds NaN or infinite values")
-    exponent = math.frexp(max(-low, high))[1]
-    if abs(exponent) <= _SAFE_EXPONENT:
-        return matrix, 0
-    return times_power_of_two(matrix, -exponent), exponent
 
 
 def _exact_is_cheaper(m: int, n: int, r: int, excess: float) -> bool:
@@ -275,26 +262,6 @@ def _whitening(gram: Tensor) -> Tensor:
     return scaled
 
 
-def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, ascending, and eigenvectors of a matrix without negative eigenvalues.
-
-    LAPACK's divide and conquer fails on a few matrices with many equal eigenvalues, others in each version: it does
-    not converge, or says nothing and returns NaN. There the singular vectors, which are the same, mostly come out.
-    Raises NumericalError where not.
-    """
-    try:
-        values, vectors = torch.linalg.eigh(gram)
-        if values.isfinite().all() and vectors.isfinite().all():
-            return values, vectors
-    except LinAlgError:
-        pass
-    try:
-        vectors, values, _ = torch.linalg.svd(gram)
-    except LinAlgError as error:
-        raise NumericalError("the singular value decomposition does not converge") from error
-    return values.flip(0), vectors.flip(1)
-
-
 def _bordered(gram: Tensor, border: Tensor) -> Tensor:
     """Return ``gram`` (k - b, k - b) grown by ``border`` (k, b) on the right and, transposed, below."""
     k, old = border.shape[0], gram.shape[0]
@@ -321,10 +288,3 @@ def _triplets(images: Tensor, short: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     short, short_core = torch.linalg.qr(short)
     u, values, vh = torch.linalg.svd(long_core @ short_core.T)
     return long @ u, values, short @ vh.T
-
-
-def times_power_of_two(values: Tensor, exponent: int) -> Tensor:
-    """Return ``values`` times 2^exponent: exact, but for overflow and underflow."""
-    # In two steps, because 2^149, which the smallest float32 needs, is itself no float32.
-    half = exponent // 2
-    return values * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)

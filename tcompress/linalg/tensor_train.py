@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tcompress.linalg.distance import frobenius_norm
+from tcompress.linalg.scaling import scaled_to_unit
 from tcompress.linalg.subspace import split_off
-from tcompress.linalg.svd import rank_for_error, scaled_to_unit, singular_values
+from tcompress.linalg.svd import rank_for_error, singular_values
 
 Cores = list[Tensor]
 

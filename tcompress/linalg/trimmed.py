@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tcompress.linalg.magnitude import threshold_of
-from tcompress.linalg.svd import scaled_to_unit
+from tcompress.linalg.scaling import scaled_to_unit
 
 _BLOCK = 1 << 18  # values changed at one time: they stay in the cache from one operation to the next
 _SETTLED = 1e-4  # of the error: gains that are smaller ...

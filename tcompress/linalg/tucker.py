@@ -19,8 +19,9 @@ from torch import Tensor
 
 from tcompress.errors import NumericalError
 from tcompress.linalg.distance import frobenius_norm
+from tcompress.linalg.scaling import scaled_to_unit, times_power_of_two
 from tcompress.linalg.subspace import split_off
-from tcompress.linalg.svd import rank_for_error, scaled_to_unit, singular_values, times_power_of_two
+from tcompress.linalg.svd import rank_for_error, singular_values
 
 Factors = list[Tensor | None]
 _SWEEPS = 100

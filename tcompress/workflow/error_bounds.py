@@ -16,7 +16,8 @@ from tcompress.formats.svd import SVD
 from tcompress.formats.tt import TT
 from tcompress.formats.tucker import Tucker
 from tcompress.linalg.output_error import times
-from tcompress.linalg.svd import left_out, scaled_to_unit
+from tcompress.linalg.scaling import scaled_to_unit
+from tcompress.linalg.svd import left_out
 
 NO_TELLING = "each of its sizes is a fit of its own: no one decomposition tells the errors of all"
 TOLD = (SVD, Sparse, TT, Tucker)

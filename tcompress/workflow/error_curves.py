@@ -25,7 +25,7 @@ from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
 from tcompress.linalg.output_error import require_moment, root_of
 from tcompress.linalg.permutation import shuffled
-from tcompress.linalg.svd import scaled_to_unit
+from tcompress.linalg.scaling import scaled_to_unit
 from tcompress.workflow.error_bounds import NO_TELLING, TOLD, Bounds, bounds_of
 from tcompress.workflow.fitting import working_copy
 from tcompress.workflow.plan import Target
