@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from tcompress.workflow.task import load_task
@@ -118,6 +119,10 @@ def test_a_task_makes_outputs_nearer(tcompress, small):
     assert "of output" in done.out
     assert tcompress("calibrate", small, "--task", "task.py", "-o", "stats.safetensors").code == 0
     assert tcompress("plan", small, *budget, "--stats", "stats.safetensors").code == 0
+    save_file({"other.weight": torch.ones(8, 8)}, "other.safetensors")
+    answer = tcompress("plan", "other.safetensors", *budget, "--stats", "stats.safetensors")
+    assert (answer.code, answer.out) == (4, "")
+    assert answer.err.startswith("error: stats.safetensors: holds statistics of another checkpoint than other.safe")
 
 
 def test_multiplications_are_a_budget_of_compress_too(tcompress, dense):
