@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,11 @@ def test_what_cannot_be_is_one_line(tcompress, dense, arguments, code, message):
     assert answer.err.count("\n") == 1
     assert message in answer.err
     assert not Path("plan.json").exists()
+
+
+def test_the_seconds_of_compress_are_those_of_its_plan_too(tcompress, dense):
+    tcompress("compress", dense, "--keep", "0.1", "--formats", "sparse", "--dry-run")  # imports count for neither
+    started = time.perf_counter()
+    done = tcompress("compress", dense, "--keep", "0.1", "--dry-run", "--json")
+    elapsed = time.perf_counter() - started
+    assert 0.5 * elapsed < json.loads(done.out)["seconds"] <= elapsed
