@@ -105,7 +105,7 @@ def make_plan(
     ``usual_inputs`` says.
 
     Raises LimitError, with the smallest possible, when no choice fits the budget; UsageError for a compressed
-    checkpoint, or without layers.
+    checkpoint, or without layers; NumericalError for NaN or Inf in a layer, unless ``settings`` let it stay dense.
     """
     budget = Budget(keep, max_bytes, max_error, flops)
     check_inputs(inputs, are_known=reconstruction is not None or statistics is not None)
@@ -143,7 +143,7 @@ def choose(choices: Choices, budget: Budget) -> Planned:
         chosen = [curve[at] for curve, at in zip(choices.curves, found.chosen, strict=True)]
         loss, bound = found.loss, found.bound
     layers = [
-        _planned(layer, each, curve, choices.known)
+        _planned(layer, each, curve, choices)
         for layer, each, curve in zip(choices.layers, chosen, choices.curves, strict=True)
     ]
     plan = Plan(tuple(_rule(each) for each in layers))
@@ -163,7 +163,7 @@ def _within_error(choices: Choices, max_error: float) -> tuple[list[Candidate], 
         )
         for layer, curve in zip(choices.layers, choices.curves, strict=True)
     ]
-    weights = [choices.known.importance[layer.name] for layer in choices.layers]
+    weights = [choices.known.importance_of(layer) for layer in choices.layers]
     loss = math.fsum(weight * each.loss for weight, each in zip(weights, chosen, strict=True))
     of_bytes = Budget(keep=1)
     best = allocate(points_of(choices, of_bytes), sum(each.stored_bytes for each in chosen))
@@ -188,14 +188,15 @@ def matching(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[s
     return found
 
 
-def _planned(layer: Layer, chosen: Candidate, curve: Sequence[Candidate], known: Knowledge) -> PlannedLayer:
+def _planned(layer: Layer, chosen: Candidate, curve: Sequence[Candidate], choices: Choices) -> PlannedLayer:
+    known = choices.known
     calls = known.calls_of(layer)
     return PlannedLayer(
         layer,
         chosen,
         curve,
-        known.importance[layer.name],
-        _why(layer, chosen, known),
+        known.importance_of(layer),
+        choices.barred.get(layer.name) or _why(layer, chosen, known),
         multiplications(layer, chosen.format, calls),
         multiplications(layer, None, calls),
         known.inputs_of(layer),
@@ -224,7 +225,7 @@ def _why(layer: Layer, chosen: Candidate, known: Knowledge) -> str:
     part = chosen.stored_bytes / layer.dense_bytes
     return (
         f"{chosen.format.name} in {TYPE_NAMES[chosen.store]} at {part:.1%} of its bytes; "
-        f"error of the {of_what}, importance {known.importance[layer.name]:.3g}"
+        f"error of the {of_what}, importance {known.importance_of(layer):.3g}"
     )
 
 

@@ -47,7 +47,7 @@ def points_of(choices: Choices, budget: Budget) -> list[list[Point]]:
     """Return what each candidate of each layer counts against the budget, and what it loses."""
     known, found = choices.known, []
     for layer, curve in zip(choices.layers, choices.curves, strict=True):
-        weight = known.importance[layer.name]
+        weight = known.importance_of(layer)
         if budget.flops is not None:
             calls = known.calls_of(layer)
             costs = [multiplications(layer, each.format, calls) for each in curve]
