@@ -167,7 +167,7 @@ def compress(
         task = task_of(task_file, strip_prefix)
         reconstruction = reconstruction_of(checkpoint, task, strip_prefix, settings.device, repair=repair)
         if isinstance(plan, ToMake):
-            plan = plan.make(checkpoint, settings, reconstruction, progress)
+            plan = plan.make(checkpoint, settings, reconstruction, shard_bytes, progress)
         run = compression.dry_run if dry_run else partial(compression.compress, out=target, force=force)
         result = run(
             checkpoint,

@@ -29,9 +29,14 @@ class ToMake:
     inputs: str | None
 
     def make(
-        self, checkpoint: Checkpoint, settings: Settings, reconstruction: Reconstruction | None, progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        reconstruction: Reconstruction | None,
+        max_shard_bytes: int | None,
+        progress: Progress,
     ) -> Plan:
-        """Return the plan for a checkpoint. Raises as ``make_plan``."""
+        """Return the plan for a checkpoint. Arguments and errors are those of ``make_plan``."""
         made = make_plan(
             checkpoint,
             keep=self.budget.keep,
@@ -43,6 +48,7 @@ class ToMake:
             rank_multiple=self.rank_multiple,
             reconstruction=reconstruction,
             inputs=self.inputs,
+            max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
         return made.plan

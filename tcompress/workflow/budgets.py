@@ -13,7 +13,6 @@ from tcompress.workflow.multiplications import multiplications
 
 ONE_BUDGET = "give one budget: --keep, --max-bytes, --max-error, --flops or, with --task, --max-drop"
 _FRACTIONS = ("keep", "flops")
-_FRAME = 400  # bytes of a manifest without layers, and of the alignment of the header
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,13 @@ def points_of(choices: Choices, budget: Budget) -> list[list[Point]]:
 
 
 def limit_of(choices: Choices, budget: Budget) -> int:
-    """Return how much a plan may cost altogether, in the unit of ``points_of``."""
+    """Return how much a plan may cost altogether, in the unit of ``points_of``; or how many bytes a file may have."""
     if budget.flops is not None:
         return math.floor(budget.flops * dense_multiplications(choices))
     if budget.keep is not None:
         return math.floor(budget.keep * choices.dense_bytes)
     assert budget.max_bytes is not None, "an error is no cost"  # noqa: S101
-    # What does not depend on the choice: the other tensors, their description, and the manifest's frame.
-    files = sum(path.stat().st_size for path in choices.checkpoint.files)
-    return budget.max_bytes - (files - choices.dense_bytes) - _FRAME - choices.naming_bytes
+    return budget.max_bytes
 
 
 def dense_multiplications(choices: Choices) -> int:

@@ -25,9 +25,9 @@ from tcompress.workflow.progress import Progress, silent, steps
 from tcompress.workflow.prospects import of_amount
 from tcompress.workflow.rank_multiples import check_multiple
 from tcompress.workflow.reconstruction import Reconstruction
-from tcompress.workflow.repairs import may_change, naming_bytes
+from tcompress.workflow.repairs import may_change
 from tcompress.workflow.settings import Settings
-from tcompress.workflow.survey import refuse_nonfinite, survey
+from tcompress.workflow.survey import Facts, refuse_nonfinite, survey
 from tcompress.workflow.trial import Candidate
 
 _LITTLE = 0.035  # of a layer's elements
@@ -37,7 +37,7 @@ _LITTLE = 0.035  # of a layer's elements
 class Choices:
     """Layers, of each the candidates to choose from, and what is known of it.
 
-    barred: layer -> why it can only stay dense. naming_bytes: what the names of repaired tensors may add to the file.
+    facts: of the layers' weights. barred: layer -> why it can only stay dense. repaired: names of tensors that may be.
     seconds: that finding all this took.
     """
 
@@ -45,9 +45,10 @@ class Choices:
     layers: Sequence[Layer]
     curves: Sequence[Sequence[Candidate]]
     known: Knowledge
+    facts: Mapping[str, Facts]
     barred: Mapping[str, str]
     device: torch.device
-    naming_bytes: int
+    repaired: Sequence[str]
     seconds: float
 
     @property
@@ -90,8 +91,9 @@ def choices_of(
     known = known_of(checkpoint, free, reconstruction, statistics, inputs, progress)
     find = partial(_curve, checkpoint, known, formats or default_formats(), settings, rank_multiple, for_flops)
     curves = [[_dense(layer)] if layer.name in barred else find(layer) for layer in steps("planning", chosen, progress)]
-    named = naming_bytes(may_change(checkpoint, reconstruction))
-    return Choices(checkpoint, chosen, curves, known, barred, settings.device, named, time.perf_counter() - started)
+    repaired = may_change(checkpoint, reconstruction)
+    seconds = time.perf_counter() - started
+    return Choices(checkpoint, chosen, curves, known, facts, barred, settings.device, repaired, seconds)
 
 
 def _dense(layer: Layer) -> Candidate:

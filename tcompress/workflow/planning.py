@@ -204,11 +204,14 @@ def _decision(
         found = recall(layer, search) if isinstance(choice, Target) else search()
     except NumericalError as error:
         return dense(error.reason)
-    return replace(_weigh(layer, found, facts[layer.name].nonzeros, settings), inputs=rule.inputs)
+    return replace(weigh(layer, found, facts[layer.name].nonzeros, settings), inputs=rule.inputs)
 
 
-def _weigh(layer: Layer, found: Format | str, nonzeros: int, settings: Settings) -> Decision:
-    """Compare a setting's bytes with the dense layer's, descriptions included."""
+def weigh(layer: Layer, found: Format | str, nonzeros: int, settings: Settings) -> Decision:
+    """Return the decision for a setting, by its bytes and the dense layer's, descriptions included.
+
+    found: why there is none, in its place. nonzeros: of the weight. settings: with the rule's own stored type.
+    """
     store = settings.stored_type(layer)
     if isinstance(found, str):
         return Decision(layer, None, found, layer.dense_bytes)
