@@ -18,7 +18,7 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.statistics_file import Statistics
 from tcompress.errors import UsageError
 from tcompress.formats import Format
-from tcompress.workflow.allocation import Allocation, allocate
+from tcompress.workflow.allocation import Allocation, allocate, smallest_cost
 from tcompress.workflow.assumed import PLAIN_INPUTS, SMOOTH, check_inputs
 from tcompress.workflow.budgets import Budget, limit_of, points_of, unmet
 from tcompress.workflow.cheapest import cheapest_within
@@ -157,11 +157,12 @@ def choose(choices: Choices, budget: Budget, *, max_shard_bytes: int | None = No
 def _allocated(choices: Choices, budget: Budget, limit: int, max_shard_bytes: int | None) -> Allocation:
     points = points_of(choices, budget)
     if budget.max_bytes is None:
-        found = allocate(points, limit)
+        found, least = allocate(points, limit), smallest_cost(points)
     else:
-        found = WholeFile(choices, points, max_shard_bytes).best_within(limit)
+        whole = WholeFile(choices, points, max_shard_bytes)
+        found, least = whole.best_within(limit), whole.nbytes(whole.smallest.chosen)
     if found is None:
-        raise unmet(choices, budget, points, limit)
+        raise unmet(choices, budget, limit, least)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -96,6 +97,31 @@ def test_many_layers_leave_less_than_a_hundredth(tmp_path):
         for most in range(40000, 140000, 7919):
             planned = choose(choices, Budget(max_bytes=most))
             assert 0.99 * most < dry_run(checkpoint, planned.plan).stored_bytes <= most
+
+
+def test_what_cannot_be_is_told_with_the_smallest_that_can(choices):
+    with pytest.raises(LimitError) as told:
+        choose(choices, Budget(max_bytes=1))
+    found = re.search(
+        r"keeps within 1 bytes of the whole file; the smallest takes (\d+), --max-bytes (\d+)$", str(told.value)
+    )
+    assert found is not None
+    assert found[1] == found[2]
+    planned = choose(choices, Budget(max_bytes=int(found[2])))
+    assert dry_run(choices.checkpoint, planned.plan).stored_bytes <= int(found[2])
+    with pytest.raises(LimitError, match=f"--max-bytes {found[2]}$"):
+        choose(choices, Budget(max_bytes=int(found[2]) - 1))
+
+
+@pytest.mark.parametrize("name", ["keep", "flops"])
+def test_the_smallest_fraction_is_told_that_can_be(choices, name):
+    with pytest.raises(LimitError) as told:
+        choose(choices, Budget(**{name: 0}))
+    least = re.search(rf"keeps within 0 .*; the smallest takes \d+, --{name} ([0-9.]+)$", str(told.value))
+    assert least is not None
+    assert choose(choices, Budget(**{name: float(least[1])})).loss > 0
+    with pytest.raises(LimitError):
+        choose(choices, Budget(**{name: 0.998 * float(least[1])}))
 
 
 def test_shards_and_what_describes_them_count(tmp_path):
