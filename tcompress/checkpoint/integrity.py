@@ -17,9 +17,11 @@ from pathlib import Path
 from torch import Tensor
 from xxhash import xxh3_128
 
-from tcompress.checkpoint.manifest import METADATA_KEY
+from tcompress.checkpoint.manifest import METADATA_KEY, is_compressed
 from tcompress.checkpoint.mapped import bytes_of
+from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.safetensors_file import SafetensorsFile, parse_object
+from tcompress.errors import InputError
 
 DIGEST_BYTES = 16
 BLANK = "0" * (2 * DIGEST_BYTES)
@@ -61,6 +63,17 @@ def damage(file: SafetensorsFile) -> list[str]:
         if _digest(file.chunks(name)) != expected[position * DIGEST_BYTES : (position + 1) * DIGEST_BYTES]:
             problems.append(f"{file.path}: tensor {name}: its data was changed after it was written")
     return problems
+
+
+def require_whole(checkpoint: Checkpoint) -> None:
+    """Raise InputError where a byte of a compressed checkpoint is not as it was written; every one is read for it.
+
+    Whoever writes something new from a compressed checkpoint asks this first: what is written gets hashes of its own,
+    or none, and would hide the damage for good.
+    """
+    for shard in checkpoint.shards if is_compressed(checkpoint) else ():
+        for problem in damage(shard) if isinstance(shard, SafetensorsFile) else ():
+            raise InputError(problem.removeprefix(f"{shard.path}: "), path=shard.path)
 
 
 def _digest(chunks: Iterable[memoryview]) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +17,7 @@ from tcompress.errors import InputError, UnsupportedError
 
 _MOST_AT_ONCE = 1 << 30  # bytes that one read of the operating system is asked for; 2 GiB are more than it gives
 _MUCH = 1 << 20
+_CHUNK = 1 << 20  # bytes that are looked at at one time: they stay in the cache
 
 
 def read_bytes(path: Path, offset: int, nbytes: int) -> memoryview:
@@ -29,6 +32,28 @@ def read_bytes(path: Path, offset: int, nbytes: int) -> memoryview:
         with path.open("rb") as file:
             _require_length(file, offset + nbytes, path)
             return _copied(file, offset, nbytes)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_chunks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """Yield ``nbytes`` bytes of ``path`` from ``offset``, some at a time, each lot in the place of the last one.
+
+    Memory that is used again need not be given by the system page by page, which takes ten times what the reading does.
+    Raises InputError as ``read_bytes`` does.
+    """
+    buffer = memoryview(bytearray(min(nbytes, _CHUNK)))
+    try:
+        with path.open("rb", buffering=0) as file:
+            _require_length(file, offset + nbytes, path)
+            file.seek(offset)
+            while nbytes > 0:
+                part = buffer[: min(nbytes, _CHUNK)]
+                read = file.readinto(part)
+                if not read:
+                    raise OSError(errno.EIO, "short read")
+                nbytes -= read
+                yield part[:read]
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
@@ -57,7 +82,7 @@ def map_bytes(path: Path, offset: int, nbytes: int) -> memoryview:
         raise _unreadable(path, error) from error
 
 
-def _require_length(file: BinaryIO, length: int, path: Path) -> None:
+def _require_length(file: BinaryIO | FileIO, length: int, path: Path) -> None:
     if os.fstat(file.fileno()).st_size < length:
         raise InputError("was changed while it was read: it is shorter now", path=path)
 

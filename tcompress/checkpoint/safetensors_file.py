@@ -13,13 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tcompress.checkpoint.dtypes import BY_CODE
-from tcompress.checkpoint.mapped import map_bytes, read_bytes, tensor_of
+from tcompress.checkpoint.mapped import map_bytes, read_bytes, read_chunks, tensor_of
 from tcompress.checkpoint.memory import require_bytes
 from tcompress.checkpoint.reader import Checkpoint, TensorInfo
 from tcompress.errors import InputError, SafetyError, UnsupportedError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-_CHUNK = 8 << 20
 MAX_DIMENSIONS = 64
 MAX_JSON_VALUES = 3_000_000  # about 400,000 tensors; parsed, JSON takes up to thirty times its bytes
 
@@ -54,10 +53,8 @@ class SafetensorsFile(Checkpoint):
         return fetch(self.path, len(self.header) + self._offsets[name], info.nbytes)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield a tensor's bytes a few at a time. Raises InputError as ``raw``."""
-        first, nbytes = len(self.header) + self._offsets[name], self.infos[name].nbytes
-        for start in range(0, nbytes, _CHUNK):
-            yield read_bytes(self.path, first + start, min(_CHUNK, nbytes - start))
+        """Yield a tensor's bytes, each lot in the memory of the last one. Raises InputError as ``raw``."""
+        return read_chunks(self.path, len(self.header) + self._offsets[name], self.infos[name].nbytes)
 
     def close(self) -> None:
         """Nothing is held open between reads."""

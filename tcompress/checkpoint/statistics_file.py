@@ -83,7 +83,8 @@ class Statistics:
 
     source: SHA-256 of the checkpoint. sensitivity_of: ``loss``, or ``output`` for random signs times the output.
     batches: behind the moments. untraced: layer -> why nothing is known of it; spilled: layers whose moments were
-    summed in temporary files; notes: these three belong to the run that measured, and no file has them.
+    summed in temporary files; notes: these three belong to the run that measured, and no file has them. path: of the
+    file that they were read from.
     """
 
     source: str
@@ -93,6 +94,7 @@ class Statistics:
     untraced: Mapping[str, str] = field(default_factory=dict)
     spilled: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    path: Path | None = field(default=None, compare=False)
 
 
 def write_statistics(
@@ -152,7 +154,7 @@ def read_statistics(path: Path | str) -> Statistics:
         for name in file:
             if name not in known:
                 raise InputError("belongs to no layer of these statistics", path=path, tensor=name)
-    return Statistics(source, sensitivity_of, batches, layers)
+    return Statistics(source, sensitivity_of, batches, layers, path=path)
 
 
 def _described(layer: LayerStatistics) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def analyze(
     statistics = _read_statistics(stats, curves=curves)
     with limited(memory), open_checkpoint(model, key=key) as checkpoint, progress_bar() as progress:
         if statistics is not None:
-            require_source(statistics, checkpoint, path=stats)
+            require_source(statistics, checkpoint)
         found = analysis.analyze(
             checkpoint, asked, layers=layers or (), structure=structure, settings=settings, progress=progress
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -39,11 +41,10 @@ from tcompress.cli.options import (
     pick_device,
     pick_dtype,
 )
-from tcompress.errors import LimitError, UsageError
+from tcompress.errors import LimitError
 
 if TYPE_CHECKING:
     from tcompress.report.documents import Document
-    from tcompress.workflow.plan import Plan
     from tcompress.workflow.results import CompressionResult
 
 Out = Annotated[
@@ -119,17 +120,18 @@ def compress(
 
     Example: tcompress compress model.safetensors --keep 0.25 -o small.safetensors
     """
-    from tcompress.cli.choices import plan_asked_for, planned_formats, reconstruction_of, task_of
+    from tcompress.cli.choices import plan_asked_for, reconstruction_of, task_of
     from tcompress.cli.console import show
     from tcompress.cli.names import default_output
     from tcompress.cli.opened import opened
+    from tcompress.cli.wanted import ToMake, wanted
     from tcompress.report.documents import compression_document
     from tcompress.report.tables import compression_view
     from tcompress.workflow import compression
     from tcompress.workflow.assumed import check_inputs
-    from tcompress.workflow.budgeting import make_plan, matching
     from tcompress.workflow.settings import Settings
 
+    started = time.perf_counter()
     check_inputs(inputs, are_known=task_file is not None)
     byte_limit, shard_bytes = parse_size(max_bytes, "--max-bytes"), parse_size(max_shard_size, "--max-shard-size")
     asked = plan_asked_for(
@@ -145,9 +147,18 @@ def compress(
         rank_rule=rank_rule,
         inputs=inputs,
     )
-    budget = _budget(keep, byte_limit, flops) if asked is None else {}
-    _refuse_beside(asked, formats=formats is not None, flops=flops is not None, rank_multiple=rank_multiple != 1)
-    settings, kinds = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite), planned_formats(formats)
+    plan = wanted(
+        asked,
+        keep=keep,
+        max_bytes=byte_limit,
+        flops=flops,
+        include=include,
+        exclude=exclude,
+        formats=formats,
+        rank_multiple=rank_multiple,
+        inputs=inputs,
+    )
+    settings = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite)
     _check_paths(report, save_plan)
     with opened(model, key=key, threads=threads, max_memory=max_memory) as (checkpoint, progress):
         target = out or default_output(model, "tcompress")
@@ -155,20 +166,8 @@ def compress(
             compression.checked_output(checkpoint, target, force=force)
         task = task_of(task_file, strip_prefix)
         reconstruction = reconstruction_of(checkpoint, task, strip_prefix, settings.device, repair=repair)
-        plan = (
-            asked
-            or make_plan(
-                checkpoint,
-                **budget,
-                layers=matching(checkpoint, include or (), exclude or ()),
-                formats=kinds,
-                settings=settings,
-                rank_multiple=rank_multiple,
-                reconstruction=reconstruction,
-                inputs=inputs,
-                progress=progress,
-            ).plan
-        )
+        if isinstance(plan, ToMake):
+            plan = plan.make(checkpoint, settings, reconstruction, shard_bytes, progress)
         run = compression.dry_run if dry_run else partial(compression.compress, out=target, force=force)
         result = run(
             checkpoint,
@@ -178,31 +177,13 @@ def compress(
             reconstruction=reconstruction,
             progress=progress,
         )
+    result = replace(result, seconds=time.perf_counter() - started)
     exceeded = _exceeded(result, max_error, byte_limit, min_ratio)
     document = compression_document(result, exceeded)
     _write(document, report, save_plan)
     show(document, compression_view(document), as_json=as_json)
     if exceeded:
         raise LimitError("; ".join(exceeded), path=checkpoint.path)
-
-
-def _budget(keep: float | None, max_bytes: int | None, flops: float | None) -> dict[str, Any]:
-    """Return what a plan is to be made for: --max-bytes beside another budget is a limit of the output alone."""
-    if keep is not None or flops is not None:
-        return {"keep": keep, "flops": flops}
-    if max_bytes is None:
-        raise UsageError(
-            "give --format or --plan, or --keep, --flops or --max-bytes alone, for which a plan is made; "
-            "`tcompress formats` lists the formats"
-        )
-    return {"max_bytes": max_bytes}
-
-
-def _refuse_beside(asked: Plan | None, **given: bool) -> None:
-    """Raise UsageError for what is said of a plan to be made where one is asked for."""
-    said = [f"--{name.replace('_', '-')}" for name, is_given in given.items() if is_given]
-    if asked is not None and said:
-        raise UsageError(f"{' and '.join(said)} say how a plan is made; leave that out beside --format or --plan")
 
 
 def _check_paths(report: Path | None, save_plan: Path | None) -> None:

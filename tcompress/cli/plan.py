@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tcompress.cli.options import (
+    AllowNonfinite,
     Device,
     DTypeName,
     Exclude,
@@ -92,6 +93,7 @@ def plan(
     explain: Explain = None,
     dtype: DTypeName = None,
     key: Key = None,
+    allow_nonfinite: AllowNonfinite = False,
     device: Device = "auto",
     threads: Threads = None,
     max_memory: MaxMemory = None,
@@ -121,7 +123,7 @@ def plan(
     from tcompress.workflow.settings import Settings
 
     budget = _budget(max_drop, keep, parse_size(max_bytes, "--max-bytes"), max_error, flops)
-    settings, kinds = Settings(pick_dtype(dtype), pick_device(device)), planned_formats(formats)
+    settings, kinds = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite), planned_formats(formats)
     _require_one_source(task_file, stats, max_drop)
     check_inputs(inputs, are_known=task_file is not None or stats is not None)
     check_path(out, PLAN_SUFFIXES)

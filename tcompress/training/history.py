@@ -1,11 +1,15 @@
-"""What each epoch came to, a row an epoch, as a file that is written anew with every one."""
+"""What each epoch came to, a row an epoch, as a file that is written anew with every one.
+
+It belongs to a run that wrote an output, or can go on to one.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +54,33 @@ def check_history(path: Path | None) -> None:
         raise UsageError(f"--history must end with {' or '.join(SUFFIXES)}", path=path)
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist", path=path)
+
+
+@contextmanager
+def history_in(path: Path | None, workspace: Path) -> Iterator[Callable[[Sequence[Row]], None]]:
+    """Give what writes the rows of a run so far, to no file without a path.
+
+    workspace: of the run's output. A run that fails and does not leave it, to go on from, leaves the file as it was.
+    """
+    # Where there is a workspace already the run may go on from it, and the file be its own.
+    before = path.read_bytes() if path is not None and path.is_file() and not workspace.exists() else None
+    is_written = False
+
+    def write(rows: Sequence[Row]) -> None:
+        nonlocal is_written
+        if path is not None:
+            write_history(path, rows)
+            is_written = True
+
+    try:
+        yield write
+    except BaseException:
+        if path is not None and is_written and not workspace.exists():
+            if before is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_whole(path, lambda file: file.write(before))
+        raise
 
 
 def write_history(path: Path, rows: Sequence[Row]) -> None:

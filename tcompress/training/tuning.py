@@ -15,7 +15,7 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.unchanged import Witness
 from tcompress.training.curves import Curves, check_tensorboard, curves_in
 from tcompress.training.engine import make_accelerator
-from tcompress.training.history import Row, write_history
+from tcompress.training.history import Row, history_in
 from tcompress.training.iterating import Iterate
 from tcompress.training.methods import METHODS
 from tcompress.training.objective import Method
@@ -88,7 +88,7 @@ def finetune(
     of a method with ``starts_dense``: the checkpoint is then a dense one, which is compressed as ``compress`` does it
     before anything is trained. against: the dense checkpoint; a method with a teacher learns from it, its scores are
     measured, and errors against it; with a plan it is the checkpoint itself. history: a file with a row for each epoch,
-    CSV or JSON. tensorboard: a folder for curves that TensorBoard shows.
+    CSV or JSON; none stays of a run that fails and cannot go on. tensorboard: a folder for TensorBoard's curves.
 
     Biases, normalisations and dense layers learn too. Factors learn in float32 and are stored in the type that they
     had; every score is one of the model as it would be stored, and what is written is the epoch with the best first
@@ -118,14 +118,15 @@ def finetune(
     output = Output(out, is_folder=checkpoint.folder is not None, force=force, inputs=inputs)
     output.keeps_after_errors = True
     trainer = Trainer(accelerator, task, against, output, Witness.of(files), strip_prefix, watch)
+    history, tensorboard = (path if accelerator.is_main_process else None for path in (history, tensorboard))
     with (
+        history_in(history, output.workspace) as write_rows,  # around the output, whose workspace is looked at last
         _owned(output, accelerator),
-        curves_in(tensorboard if accelerator.is_main_process else None) as curves,
+        curves_in(tensorboard) as curves,
     ):
 
         def tell(rows: Sequence[Row]) -> None:
-            if history is not None and accelerator.is_main_process:
-                write_history(history, rows)
+            write_rows(rows)
             curves.rows(rows)
 
         job = _Job(trainer, checkpoint, plan, settings, method, options)

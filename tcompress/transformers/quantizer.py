@@ -16,6 +16,7 @@ import torch
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tcompress.checkpoint.integrity import require_whole
 from tcompress.checkpoint.opening import open_checkpoint
 from tcompress.errors import InputError, UsageError
 from tcompress.runtime.ways import check_cache
@@ -24,7 +25,6 @@ from tcompress.transformers.names import WAY_OUT, Names
 from tcompress.transformers.vacancies import Vacancy, dense_again, occupy, require_complete, vacate
 from tcompress.workflow.decoding import CompressedView, view
 from tcompress.workflow.hugging_face import METHOD, WEIGHTS
-from tcompress.workflow.loading import require_whole
 from tcompress.workflow.reading import read_layers
 
 _log = logging.getLogger(__name__)

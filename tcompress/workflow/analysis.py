@@ -122,9 +122,8 @@ def _rows(
     limits: Mapping[str, Format | None],
     settings: Settings,
 ) -> list[AnalysisRow]:
-    nonfinite = facts_of(weight).nonfinite
-    if nonfinite:
-        reason = f"holds {nonfinite} values that are NaN or Inf"
+    reason = facts_of(weight).flaw
+    if reason is not None:
         if not settings.allow_nonfinite:
             way_out = "--allow-nonfinite passes over such layers"
             raise NumericalError(f"{reason}; {way_out}", path=checkpoint.path, tensor=layer.name)

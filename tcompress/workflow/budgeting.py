@@ -18,7 +18,7 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.statistics_file import Statistics
 from tcompress.errors import UsageError
 from tcompress.formats import Format
-from tcompress.workflow.allocation import allocate
+from tcompress.workflow.allocation import Allocation, allocate, smallest_cost
 from tcompress.workflow.assumed import PLAIN_INPUTS, SMOOTH, check_inputs
 from tcompress.workflow.budgets import Budget, limit_of, points_of, unmet
 from tcompress.workflow.cheapest import cheapest_within
@@ -31,6 +31,7 @@ from tcompress.workflow.progress import Progress, silent
 from tcompress.workflow.reconstruction import Reconstruction
 from tcompress.workflow.settings import TYPE_NAMES, Settings
 from tcompress.workflow.trial import Candidate
+from tcompress.workflow.whole_file import WholeFile
 
 _NAMED = 3  # layers in a note
 
@@ -91,12 +92,14 @@ def make_plan(
     reconstruction: Reconstruction | None = None,
     statistics: Statistics | None = None,
     inputs: str | None = None,
+    max_shard_bytes: int | None = None,
     progress: Progress = silent,
 ) -> Planned:
     """Return the plan of the smallest loss found within a budget; one of keep, max_bytes, max_error and flops is given.
 
-    keep: fraction of the layers' dense bytes that their factors may take. max_bytes: of the whole file. flops: fraction
-    of the layers' dense multiplications. max_error: no layer's relative error is larger, and its bytes are the fewest.
+    keep: fraction of the layers' dense bytes that their factors may take. max_bytes: of the whole file, or all files of
+    a folder, with shards of ``max_shard_bytes`` as in ``compress``, which then writes no more. flops: fraction of the
+    layers' dense multiplications. max_error: no layer's relative error is larger, and its bytes are the fewest.
     layers: those that may be compressed, all without it. formats: tried for each layer, by default all quick ones.
     settings: its ``store`` is the only stored type tried, where it is given. rank_multiple: of which all ranks are.
     reconstruction: a model and inputs, by which errors are those of the layers' outputs, and weighed by what they do to
@@ -105,7 +108,7 @@ def make_plan(
     ``usual_inputs`` says.
 
     Raises LimitError, with the smallest possible, when no choice fits the budget; UsageError for a compressed
-    checkpoint, or without layers.
+    checkpoint, or without layers; NumericalError for NaN or Inf in a layer, unless ``settings`` let it stay dense.
     """
     budget = Budget(keep, max_bytes, max_error, flops)
     check_inputs(inputs, are_known=reconstruction is not None or statistics is not None)
@@ -121,7 +124,7 @@ def make_plan(
         inputs=inputs or usual_inputs(budget),
         progress=progress,
     )
-    return choose(choices, budget)
+    return choose(choices, budget, max_shard_bytes=max_shard_bytes)
 
 
 def usual_inputs(budget: Budget | None) -> str:
@@ -129,26 +132,38 @@ def usual_inputs(budget: Budget | None) -> str:
     return PLAIN_INPUTS if budget is not None and budget.max_error is not None else SMOOTH
 
 
-def choose(choices: Choices, budget: Budget) -> Planned:
-    """Return the best plan within a budget. Raises LimitError, with the smallest possible, when there is none."""
+def choose(choices: Choices, budget: Budget, *, max_shard_bytes: int | None = None) -> Planned:
+    """Return the best plan within a budget. Raises LimitError, with the smallest possible, when there is none.
+
+    max_shard_bytes: of the output, as in ``make_plan``.
+    """
     started = time.perf_counter()
     if budget.max_error is not None:
         chosen, loss, bound, limit = *_within_error(choices, budget.max_error), None
     else:
         limit = limit_of(choices, budget)
-        points = points_of(choices, budget)
-        found = allocate(points, limit)
-        if found is None:
-            raise unmet(choices, budget, points, limit)
+        found = _allocated(choices, budget, limit, max_shard_bytes)
         chosen = [curve[at] for curve, at in zip(choices.curves, found.chosen, strict=True)]
         loss, bound = found.loss, found.bound
     layers = [
-        _planned(layer, each, curve, choices.known)
+        _planned(layer, each, curve, choices)
         for layer, each, curve in zip(choices.layers, chosen, choices.curves, strict=True)
     ]
     plan = Plan(tuple(_rule(each) for each in layers))
     seconds = choices.seconds + time.perf_counter() - started
     return Planned(plan, layers, budget.given(), limit, loss, bound, seconds, _notes(choices, budget))
+
+
+def _allocated(choices: Choices, budget: Budget, limit: int, max_shard_bytes: int | None) -> Allocation:
+    points = points_of(choices, budget)
+    if budget.max_bytes is None:
+        found, least = allocate(points, limit), smallest_cost(points)
+    else:
+        whole = WholeFile(choices, points, max_shard_bytes)
+        found, least = whole.best_within(limit), whole.nbytes(whole.smallest.chosen)
+    if found is None:
+        raise unmet(choices, budget, limit, least)
+    return found
 
 
 def _within_error(choices: Choices, max_error: float) -> tuple[list[Candidate], float, float]:
@@ -163,7 +178,7 @@ def _within_error(choices: Choices, max_error: float) -> tuple[list[Candidate], 
         )
         for layer, curve in zip(choices.layers, choices.curves, strict=True)
     ]
-    weights = [choices.known.importance[layer.name] for layer in choices.layers]
+    weights = [choices.known.importance_of(layer) for layer in choices.layers]
     loss = math.fsum(weight * each.loss for weight, each in zip(weights, chosen, strict=True))
     of_bytes = Budget(keep=1)
     best = allocate(points_of(choices, of_bytes), sum(each.stored_bytes for each in chosen))
@@ -188,14 +203,15 @@ def matching(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[s
     return found
 
 
-def _planned(layer: Layer, chosen: Candidate, curve: Sequence[Candidate], known: Knowledge) -> PlannedLayer:
+def _planned(layer: Layer, chosen: Candidate, curve: Sequence[Candidate], choices: Choices) -> PlannedLayer:
+    known = choices.known
     calls = known.calls_of(layer)
     return PlannedLayer(
         layer,
         chosen,
         curve,
-        known.importance[layer.name],
-        _why(layer, chosen, known),
+        known.importance_of(layer),
+        choices.barred.get(layer.name) or _why(layer, chosen, known),
         multiplications(layer, chosen.format, calls),
         multiplications(layer, None, calls),
         known.inputs_of(layer),
@@ -224,7 +240,7 @@ def _why(layer: Layer, chosen: Candidate, known: Knowledge) -> str:
     part = chosen.stored_bytes / layer.dense_bytes
     return (
         f"{chosen.format.name} in {TYPE_NAMES[chosen.store]} at {part:.1%} of its bytes; "
-        f"error of the {of_what}, importance {known.importance[layer.name]:.3g}"
+        f"error of the {of_what}, importance {known.importance_of(layer):.3g}"
     )
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from tcompress.errors import LimitError, UsageError
-from tcompress.workflow.allocation import Point, smallest_cost
+from tcompress.workflow.allocation import Point
 from tcompress.workflow.choices import Choices
 from tcompress.workflow.multiplications import multiplications
 
 ONE_BUDGET = "give one budget: --keep, --max-bytes, --max-error, --flops or, with --task, --max-drop"
 _FRACTIONS = ("keep", "flops")
-_FRAME = 400  # bytes of a manifest without layers, and of the alignment of the header
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def points_of(choices: Choices, budget: Budget) -> list[list[Point]]:
     """Return what each candidate of each layer counts against the budget, and what it loses."""
     known, found = choices.known, []
     for layer, curve in zip(choices.layers, choices.curves, strict=True):
-        weight = known.importance[layer.name]
+        weight = known.importance_of(layer)
         if budget.flops is not None:
             calls = known.calls_of(layer)
             costs = [multiplications(layer, each.format, calls) for each in curve]
@@ -59,15 +57,13 @@ def points_of(choices: Choices, budget: Budget) -> list[list[Point]]:
 
 
 def limit_of(choices: Choices, budget: Budget) -> int:
-    """Return how much a plan may cost altogether, in the unit of ``points_of``."""
+    """Return how much a plan may cost altogether, in the unit of ``points_of``; or how many bytes a file may have."""
     if budget.flops is not None:
         return math.floor(budget.flops * dense_multiplications(choices))
     if budget.keep is not None:
         return math.floor(budget.keep * choices.dense_bytes)
     assert budget.max_bytes is not None, "an error is no cost"  # noqa: S101
-    # What does not depend on the choice: the other tensors, their description, and the manifest's frame.
-    files = sum(path.stat().st_size for path in choices.checkpoint.files)
-    return budget.max_bytes - (files - choices.dense_bytes) - _FRAME - choices.naming_bytes
+    return budget.max_bytes
 
 
 def dense_multiplications(choices: Choices) -> int:
@@ -75,16 +71,27 @@ def dense_multiplications(choices: Choices) -> int:
     return sum(multiplications(layer, None, choices.known.calls_of(layer)) for layer in choices.layers)
 
 
-def unmet(choices: Choices, budget: Budget, points: Sequence[Sequence[Point]], limit: int) -> LimitError:
-    """Return the error of a budget that no plan keeps, with the smallest that one does."""
-    least = smallest_cost(points)
-    if budget.flops is not None:
-        unit, way_out, whole = "multiplications", "flops", dense_multiplications(choices)
+def unmet(choices: Choices, budget: Budget, limit: int, least: int) -> LimitError:
+    """Return the error of a budget that no plan keeps, with the smallest that one does.
+
+    limit, least: how much a plan may cost, and the cheapest does; of ``max_bytes`` the bytes of the file.
+    """
+    if budget.max_bytes is not None:
+        unit, way_out = "bytes of the whole file", f"--max-bytes {least}"
+    elif budget.keep is not None:
+        unit, way_out = "bytes of factors", f"--keep {_fraction(least, choices.dense_bytes)}"
     else:
-        unit = "bytes of factors" if budget.keep is not None else "bytes of factors and their description"
-        way_out, whole = "keep", choices.dense_bytes
-    return LimitError(
-        f"no plan keeps within {limit} {unit}; "
-        f"the smallest takes {least}, --{way_out} {math.ceil(least / whole * 1e4) / 1e4:g}",
-        path=choices.checkpoint.path,
-    )
+        unit, way_out = "multiplications", f"--flops {_fraction(least, dense_multiplications(choices))}"
+    problem = f"no plan keeps within {limit} {unit}; the smallest takes {least}, {way_out}"
+    return LimitError(problem, path=choices.checkpoint.path)
+
+
+def _fraction(part: int, whole: int) -> str:
+    """Return the smallest fraction that allows ``part`` of ``whole``, with as few digits as tell it within 0.1 %."""
+    if part == 0:
+        return "0"
+    for digits in range(3 - math.floor(math.log10(part / whole)), 18):
+        text = f"{math.ceil(part / whole * 10**digits) / 10**digits:.{digits}f}".rstrip("0").rstrip(".")
+        if math.floor(float(text) * whole) >= part:
+            return text
+    return "1"

@@ -112,12 +112,12 @@ def calibrate(
     )
 
 
-def require_source(statistics: Statistics, checkpoint: Checkpoint, *, path: Path | None = None) -> None:
-    """Raise InputError unless the statistics were measured on this checkpoint. path: of the statistics, to be named."""
+def require_source(statistics: Statistics, checkpoint: Checkpoint) -> None:
+    """Raise InputError, which names their file, unless the statistics were measured on this checkpoint."""
     if statistics.source != describe(checkpoint).sha256:
         raise InputError(
             f"holds statistics of another checkpoint than {checkpoint.path}; make its own with `tcompress calibrate`",
-            path=path,
+            path=statistics.path,
         )
 
 

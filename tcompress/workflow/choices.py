@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,13 +20,14 @@ from tcompress.workflow.checking import require_working_memory
 from tcompress.workflow.curves import curve_of, default_formats, default_types
 from tcompress.workflow.knowledge import Knowledge, known_of
 from tcompress.workflow.multiplications import multiplications
+from tcompress.workflow.planning import find_clash
 from tcompress.workflow.progress import Progress, silent, steps
 from tcompress.workflow.prospects import of_amount
 from tcompress.workflow.rank_multiples import check_multiple
 from tcompress.workflow.reconstruction import Reconstruction
-from tcompress.workflow.repairs import may_change, naming_bytes
+from tcompress.workflow.repairs import may_change
 from tcompress.workflow.settings import Settings
-from tcompress.workflow.survey import facts_of
+from tcompress.workflow.survey import Facts, refuse_nonfinite, survey
 from tcompress.workflow.trial import Candidate
 
 _LITTLE = 0.035  # of a layer's elements
@@ -36,15 +37,18 @@ _LITTLE = 0.035  # of a layer's elements
 class Choices:
     """Layers, of each the candidates to choose from, and what is known of it.
 
-    naming_bytes: what the names of repaired tensors may add to the file. seconds: that finding all this took.
+    facts: of the layers' weights. barred: layer -> why it can only stay dense. repaired: names of tensors that may be.
+    seconds: that finding all this took.
     """
 
     checkpoint: Checkpoint
     layers: Sequence[Layer]
     curves: Sequence[Sequence[Candidate]]
     known: Knowledge
+    facts: Mapping[str, Facts]
+    barred: Mapping[str, str]
     device: torch.device
-    naming_bytes: int
+    repaired: Sequence[str]
     seconds: float
 
     @property
@@ -66,7 +70,7 @@ def choices_of(
     inputs: str = SMOOTH,
     progress: Progress = silent,
 ) -> Choices:
-    """Return what each layer could become. Arguments and errors are those of ``make_plan``.
+    """Return what each layer could become. Arguments are those of ``make_plan``, and errors, LimitError aside.
 
     for_flops: to choose from by multiplications, not bytes: formats do not stand in each other's way, and factors are
     stored in the layer's own type unless ``settings`` say another.
@@ -80,11 +84,20 @@ def choices_of(
     if not chosen:
         raise UsageError("has no layer that could be compressed", path=checkpoint.path)
     require_working_memory(checkpoint, chosen)
-    known = known_of(checkpoint, chosen, reconstruction, statistics, inputs, progress)
+    facts = survey(checkpoint, chosen, progress=progress)
+    refuse_nonfinite(checkpoint, facts, settings)
+    barred = {each.name: why for each in chosen if (why := facts[each.name].flaw or find_clash(checkpoint, each))}
+    free = [layer for layer in chosen if layer.name not in barred]
+    known = known_of(checkpoint, free, reconstruction, statistics, inputs, progress)
     find = partial(_curve, checkpoint, known, formats or default_formats(), settings, rank_multiple, for_flops)
-    curves = [find(layer) for layer in steps("planning", chosen, progress)]
-    named = naming_bytes(may_change(checkpoint, reconstruction))
-    return Choices(checkpoint, chosen, curves, known, settings.device, named, time.perf_counter() - started)
+    curves = [[_dense(layer)] if layer.name in barred else find(layer) for layer in steps("planning", chosen, progress)]
+    repaired = may_change(checkpoint, reconstruction)
+    seconds = time.perf_counter() - started
+    return Choices(checkpoint, chosen, curves, known, facts, barred, settings.device, repaired, seconds)
+
+
+def _dense(layer: Layer) -> Candidate:
+    return Candidate(None, None, layer.dense_bytes, 0, 0.0)
 
 
 def _curve(
@@ -96,19 +109,19 @@ def _curve(
     for_flops: bool,
     layer: Layer,
 ) -> list[Candidate]:
-    weight = checkpoint.read(layer.name)
-    dense = Candidate(None, None, layer.dense_bytes, 0, 0.0)
-    clash = any(name.startswith(layer.name + ".") for name in checkpoint)
-    if clash or facts_of(weight).nonfinite:
-        return [dense]
     types = default_types(layer) if settings.store is None else [settings.store]
     curve = partial(
-        curve_of, layer, weight, metric=known.metric_of(layer), device=settings.device, rank_multiple=rank_multiple
+        curve_of,
+        layer,
+        checkpoint.read(layer.name),
+        metric=known.metric_of(layer),
+        device=settings.device,
+        rank_multiple=rank_multiple,
     )
     if not for_flops:
         return curve(formats, types)
     kinds = [kind for kind in formats if _may_save(kind, layer, known)]
-    return [dense, *(each for kind in kinds for each in curve([kind], types[-1:])[1:])]
+    return [_dense(layer), *(each for kind in kinds for each in curve([kind], types[-1:])[1:])]
 
 
 def _may_save(kind: type[Format], layer: Layer, known: Knowledge) -> bool:

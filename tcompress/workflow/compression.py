@@ -74,7 +74,7 @@ def compress(
     with output, Journal(output.workspace, run_of(checkpoint, plan, settings, source, reconstruction)) as journal:
         output.is_worth_keeping = lambda: len(journal) > 0
         decisions = _decided(checkpoint, plan, settings, progress, journal)
-        planned = _planned(checkpoint, decisions, source, may_change(checkpoint, reconstruction))
+        planned = planned_contents(checkpoint, decisions, source, may_change(checkpoint, reconstruction))
         output.require_space(2 * shards.planned_bytes(planned, layout))
         packed, results = fit_all(
             checkpoint, decisions, settings, journal, progress, witness.require_unchanged, reconstruction
@@ -175,7 +175,7 @@ def dry_run(
     decisions = decide(checkpoint, find_layers(checkpoint), plan, settings, progress=progress)
     source = describe(checkpoint)
     named = may_change(checkpoint, reconstruction)
-    planned = _planned(checkpoint, decisions, source, named)
+    planned = planned_contents(checkpoint, decisions, source, named)
     nbytes = shards.planned_bytes(planned, layout_of(checkpoint, max_shard_bytes))
     results = [
         LayerResult(d.layer, d.format, d.stored_bytes, None, 0.0, d.reason, d.notes, _is_exact(d), store=d.store)
@@ -217,10 +217,10 @@ def layout_of(checkpoint: Checkpoint, max_shard_bytes: int | None) -> Layout:
     return Layout(STEM, max_shard_bytes or largest, indexed=checkpoint.sharded)
 
 
-def _planned(
+def planned_contents(
     checkpoint: Checkpoint, decisions: Sequence[Decision], source: Stored, repaired: Sequence[str] = ()
 ) -> Contents:
-    """Return what would be written, without data."""
+    """Return what would be written, without data. repaired: names of tensors that may be."""
     packed = {}
     for decision in decisions:
         layer, shared = decision.layer, decision.shared

@@ -10,6 +10,7 @@ import torch
 
 from tcompress.checkpoint import shards
 from tcompress.checkpoint.companions import copy_companions
+from tcompress.checkpoint.integrity import require_whole
 from tcompress.checkpoint.manifest import METADATA_KEY
 from tcompress.checkpoint.mapped import bytes_of
 from tcompress.checkpoint.memory import require_memory
@@ -43,8 +44,10 @@ def decompress(
     """Write the dense checkpoint to ``out`` with the original names, shapes, types and layout.
 
     A file's suffix says whether it becomes safetensors or a torch checkpoint; in a torch checkpoint tied tensors share
-    their storage again, and a nested one is nested again. Raises InputError when ``checkpoint`` is not compressed or
-    damaged, OutputError when ``out`` exists or cannot be written, UsageError for an unknown suffix.
+    their storage again, and a nested one is nested again.
+
+    Raises InputError, with nothing written, when ``checkpoint`` is not compressed or a byte of it is not as it was
+    written; OutputError when ``out`` exists or cannot be written, UsageError for an unknown suffix.
     """
     started = time.perf_counter()
     out = Path(out)
@@ -58,6 +61,7 @@ def decompress(
         require_memory(entry.shape, dense.infos[name].dtype.torch or torch.float64, path=checkpoint.path, tensor=name)
     witness = Witness.of(checkpoint.files)
     with output:
+        require_whole(checkpoint)
         contents = _contents(dense, device or torch.device("cpu"), ties_apart=not is_torch, progress=progress)
         needed = sum(piece.nbytes for piece in contents.pieces)
         output.require_space(2 * needed if is_torch else needed)

@@ -154,9 +154,8 @@ def _options(choice: Format | Target) -> Mapping[str, Any]:
 def _of_layer(
     weight: Tensor, layer: Layer, families: Sequence[_Family], statistics: Statistics | None, settings: Settings
 ) -> Iterator[ErrorCurve]:
-    nonfinite = facts_of(weight).nonfinite
-    if nonfinite:
-        reason = f"holds {nonfinite} values that are NaN or Inf"
+    reason = facts_of(weight).flaw
+    if reason is not None:
         yield from (ErrorCurve(layer, str(family), reason=reason) for family in families)
         return
     working = working_copy(weight, settings.device)

@@ -33,6 +33,10 @@ class Knowledge:
     calls: Mapping[str, Sequence[Call]] = field(default_factory=dict)
     inputs: str | None = None
 
+    def importance_of(self, layer: Layer) -> float:
+        """Return what a layer's error counts; by its size alone where nothing is known, as it can only stay dense."""
+        return self.importance.get(layer.name, values_alone(layer))
+
     def calls_of(self, layer: Layer) -> Sequence[Call]:
         """Return the calls of a layer; one with one position where nothing is known of them."""
         return self.calls.get(layer.name, (Call(),))

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tcompress.checkpoint.integrity import damage
+from tcompress.checkpoint.integrity import require_whole
 from tcompress.checkpoint.manifest import is_compressed
 from tcompress.checkpoint.opening import open_checkpoint
 from tcompress.checkpoint.reader import Checkpoint
-from tcompress.checkpoint.safetensors_file import SafetensorsFile
 from tcompress.errors import InputError, UsageError
 from tcompress.runtime.install import factorized, obstacle, put
 from tcompress.runtime.modules import Factorized
@@ -110,13 +109,6 @@ def _opened(source: Source) -> Iterator[Checkpoint]:
         return
     with open_checkpoint(Path(source)) as checkpoint:
         yield checkpoint
-
-
-def require_whole(checkpoint: Checkpoint) -> None:
-    """Raise InputError where a byte of a compressed checkpoint is not as it was written."""
-    for shard in checkpoint.shards if is_compressed(checkpoint) else ():
-        for problem in damage(shard) if isinstance(shard, SafetensorsFile) else ():
-            raise InputError(problem.removeprefix(f"{shard.path}: "), path=shard.path)
 
 
 def install(model: nn.Module, homes: Sequence[Place], layer: LayerParts, cache: str) -> nn.Module:

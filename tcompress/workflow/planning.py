@@ -24,7 +24,7 @@ from tcompress.workflow.plan import Plan, Rule, Target, exactly
 from tcompress.workflow.progress import Progress, silent, steps
 from tcompress.workflow.rank_rules import rank_by_rule
 from tcompress.workflow.settings import Settings
-from tcompress.workflow.survey import Facts, survey
+from tcompress.workflow.survey import Facts, refuse_nonfinite, survey
 
 Search = Callable[[], Format | str]
 Recall = Callable[[Layer, Search], Format | str]
@@ -96,8 +96,8 @@ def decide(
     rules = {layer.name: plan.rule_for(layer.name) for layer in layers}
     wanted = [layer for layer in layers if (rule := rules[layer.name]) is not None and rule.format is not None]
     facts = survey(checkpoint, wanted, progress=progress)
-    _refuse_nonfinite(checkpoint, wanted, facts, settings)
-    sound = [layer for layer in wanted if not facts[layer.name].nonfinite]
+    refuse_nonfinite(checkpoint, facts, settings)
+    sound = [layer for layer in wanted if facts[layer.name].flaw is None]
     choices = _choices(checkpoint, sound, rules, settings)
     joint = [(layer, choices[layer.name], rules[layer.name]) for layer in sound if is_joint(choices[layer.name])]
     grouped = decide_groups(checkpoint, joint, settings)
@@ -155,20 +155,6 @@ def break_even(format_type: type[Format], layer: Layer, store: torch.dtype) -> F
     return None
 
 
-def _refuse_nonfinite(
-    checkpoint: Checkpoint, layers: Sequence[Layer], facts: Mapping[str, Facts], settings: Settings
-) -> None:
-    bad = [layer.name for layer in layers if facts[layer.name].nonfinite]
-    if bad and not settings.allow_nonfinite:
-        more = f" (and {len(bad) - 1} more layers)" if len(bad) > 1 else ""
-        raise NumericalError(
-            f"holds {facts[bad[0]].nonfinite} values that are NaN or Inf{more}; "
-            "--allow-nonfinite leaves such layers dense",
-            path=checkpoint.path,
-            tensor=bad[0],
-        )
-
-
 def _choices(
     checkpoint: Checkpoint, layers: Sequence[Layer], rules: Mapping[str, Rule | None], settings: Settings
 ) -> dict[str, Format | Target | None]:
@@ -203,8 +189,9 @@ def _decision(
         return dense("no rule of the plan matches")
     if rule.format is None:
         return dense(str(rule.comments.get("why", "the plan leaves it dense")))
-    if layer.name not in choices:
-        return dense(f"holds {facts[layer.name].nonfinite} values that are NaN or Inf")
+    flaw = facts[layer.name].flaw
+    if flaw is not None:
+        return dense(flaw)
     clash = find_clash(checkpoint, layer)
     if clash:
         return dense(clash)
@@ -217,11 +204,14 @@ def _decision(
         found = recall(layer, search) if isinstance(choice, Target) else search()
     except NumericalError as error:
         return dense(error.reason)
-    return replace(_weigh(layer, found, facts[layer.name].nonzeros, settings), inputs=rule.inputs)
+    return replace(weigh(layer, found, facts[layer.name].nonzeros, settings), inputs=rule.inputs)
 
 
-def _weigh(layer: Layer, found: Format | str, nonzeros: int, settings: Settings) -> Decision:
-    """Compare a setting's bytes with the dense layer's, descriptions included."""
+def weigh(layer: Layer, found: Format | str, nonzeros: int, settings: Settings) -> Decision:
+    """Return the decision for a setting, by its bytes and the dense layer's, descriptions included.
+
+    found: why there is none, in its place. nonzeros: of the weight. settings: with the rule's own stored type.
+    """
     store = settings.stored_type(layer)
     if isinstance(found, str):
         return Decision(layer, None, found, layer.dense_bytes)

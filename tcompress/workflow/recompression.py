@@ -12,6 +12,7 @@ from torch import Tensor
 from tcompress.checkpoint import shards
 from tcompress.checkpoint.companions import copy_companions
 from tcompress.checkpoint.dtypes import BY_TORCH
+from tcompress.checkpoint.integrity import require_whole
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.manifest import METADATA_KEY, Manifest
 from tcompress.checkpoint.mapped import bytes_of
@@ -30,9 +31,11 @@ def recompress(checkpoint: Checkpoint, found: Mapping[Layer, Fitted], *, out: Pa
     """Write a compressed checkpoint again, with new factors of some layers, dense ones among them.
 
     The manifest says of the others, and of the source, what it said before. A file becomes a file, a folder a folder.
-    Raises OutputError when ``out`` cannot be written.
+
+    Raises InputError when a byte of ``checkpoint`` is not as it was written, and OutputError when ``out`` cannot be.
     """
     dense = view(checkpoint)
+    require_whole(checkpoint)
     names = {layer.name for layer in found}
     pieces = [piece for layer, each in found.items() for piece in _pieces(layer.name, each)]
     pieces += copies_of(dense, [name for name in dense.infos if name not in names])

@@ -82,9 +82,9 @@ def removals(
 
 
 def _removal(weight: Tensor, layer: Layer, low_rank: Target, settings: Settings) -> Removal:
-    nonfinite = facts_of(weight).nonfinite
-    if nonfinite:
-        return Removal(layer, reason=f"holds {nonfinite} values that are NaN or Inf")
+    flaw = facts_of(weight).flaw
+    if flaw is not None:
+        return Removal(layer, reason=flaw)
     values = working_copy(weight, settings.device)
     try:
         setting = find_setting(lambda: weight, layer, low_rank, settings)

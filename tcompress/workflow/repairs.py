@@ -10,7 +10,6 @@ M. Nagel et al., "Data-free quantization through weight equalization and bias co
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from tcompress.checkpoint.journal import Journal
-from tcompress.checkpoint.manifest import compact_json
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.writer import Piece
 from tcompress.workflow.progress import Progress, Step, silent
@@ -63,11 +61,6 @@ def may_change(checkpoint: Checkpoint, models: Reconstruction | None) -> list[st
         for attribute, name in site.names.items()
         if not site.has_statistics or attribute in STATISTICS
     ]
-
-
-def naming_bytes(names: Sequence[str]) -> int:
-    """Bytes that these names take in a file's header, where the manifest is JSON within JSON."""
-    return len(json.dumps(compact_json({"repaired": list(names)}))) if names else 0
 
 
 def _repaired(

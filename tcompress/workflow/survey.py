@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.reader import Checkpoint
+from tcompress.errors import NumericalError
 from tcompress.workflow.progress import Progress, silent, steps
+from tcompress.workflow.settings import Settings
 
 _BLOCK = 1 << 18  # values looked at at one time: they stay in the cache
 
@@ -23,10 +25,26 @@ class Facts:
     nonfinite: int
     nonzeros: int
 
+    @property
+    def flaw(self) -> str | None:
+        """Why nothing can be fitted to the weight; None where something can."""
+        if not self.nonfinite:
+            return None
+        return f"holds {self.nonfinite} value{' that is' if self.nonfinite == 1 else 's that are'} NaN or Inf"
+
 
 def survey(checkpoint: Checkpoint, layers: Sequence[Layer], *, progress: Progress = silent) -> dict[str, Facts]:
     """Return the facts of each layer, by name."""
     return {layer.name: facts_of(checkpoint.read(layer.name)) for layer in steps("reading", layers, progress)}
+
+
+def refuse_nonfinite(checkpoint: Checkpoint, facts: Mapping[str, Facts], settings: Settings) -> None:
+    """Raise NumericalError, which names the first, for layers with NaN or Inf, unless they may stay dense."""
+    flaws = [(name, found.flaw) for name, found in facts.items() if found.flaw is not None]
+    if flaws and not settings.allow_nonfinite:
+        more = f" (and {len(flaws) - 1} more layers)" if len(flaws) > 1 else ""
+        problem = f"{flaws[0][1]}{more}; --allow-nonfinite leaves such layers dense"
+        raise NumericalError(problem, path=checkpoint.path, tensor=flaws[0][0])
 
 
 def facts_of(weight: Tensor) -> Facts:

@@ -195,7 +195,7 @@ def test_nan_has_exit_code_6_and_an_existing_output_7(tcompress, model_file, tmp
     assert answer.err == "error: s.safetensors: exists already; use --force to replace it, or another -o\n"
 
 
-def test_verify_exits_with_8_on_a_changed_byte(tcompress, model_file, tmp_path):
+def test_a_changed_byte_is_found_by_whoever_reads_it(tcompress, model_file, tmp_path):
     tcompress("compress", model_file, "--format", "svd", "--rank", "2", "-o", "s.safetensors")
     content = bytearray((tmp_path / "s.safetensors").read_bytes())
     content[-100] ^= 1
@@ -203,6 +203,10 @@ def test_verify_exits_with_8_on_a_changed_byte(tcompress, model_file, tmp_path):
     answer = tcompress("verify", "s.safetensors")
     assert answer.code == 8
     assert "its data was changed after it was written" in answer.out
+    answer = tcompress("decompress", "s.safetensors", "-o", "d.safetensors")
+    assert (answer.code, answer.out) == (4, "")
+    assert answer.err == "error: s.safetensors: tensor half.weight.right: its data was changed after it was written\n"
+    assert not (tmp_path / "d.safetensors").exists()
 
 
 def test_control_characters_in_names_never_reach_the_terminal(tcompress, tmp_path):

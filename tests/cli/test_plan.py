@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from tcompress.workflow.task import load_task
@@ -118,6 +121,10 @@ def test_a_task_makes_outputs_nearer(tcompress, small):
     assert "of output" in done.out
     assert tcompress("calibrate", small, "--task", "task.py", "-o", "stats.safetensors").code == 0
     assert tcompress("plan", small, *budget, "--stats", "stats.safetensors").code == 0
+    save_file({"other.weight": torch.ones(8, 8)}, "other.safetensors")
+    answer = tcompress("plan", "other.safetensors", *budget, "--stats", "stats.safetensors")
+    assert (answer.code, answer.out) == (4, "")
+    assert answer.err.startswith("error: stats.safetensors: holds statistics of another checkpoint than other.safe")
 
 
 def test_multiplications_are_a_budget_of_compress_too(tcompress, dense):
@@ -180,3 +187,32 @@ def test_what_cannot_be_is_one_line(tcompress, dense, arguments, code, message):
     assert answer.err.count("\n") == 1
     assert message in answer.err
     assert not Path("plan.json").exists()
+
+
+def test_the_seconds_of_compress_are_those_of_its_plan_too(tcompress, dense):
+    tcompress("compress", dense, "--keep", "0.1", "--formats", "sparse", "--dry-run")  # imports count for neither
+    started = time.perf_counter()
+    done = tcompress("compress", dense, "--keep", "0.1", "--dry-run", "--json")
+    elapsed = time.perf_counter() - started
+    assert 0.5 * elapsed < json.loads(done.out)["seconds"] <= elapsed
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+@pytest.mark.parametrize("keep", ["0.95", "0.01"])
+def test_a_value_that_is_not_finite_stops_the_planner_too(tcompress, tmp_path, command, keep):
+    tensors = {"fc.weight": torch.ones(64, 64), "whole.weight": torch.randn(64, 64)}
+    tensors["fc.weight"][3, 4] = math.nan
+    save_file(tensors, tmp_path / "nan.safetensors")
+    out = "out.json" if command == "plan" else "out.safetensors"
+    arguments = (command, "nan.safetensors", "--keep", keep, "--formats", "sparse", "-o", out)
+    answer = tcompress(*arguments)
+    assert (answer.code, answer.out) == (6, "")
+    way_out = "--allow-nonfinite leaves such layers dense"
+    assert answer.err == f"error: nan.safetensors: tensor fc.weight: holds 1 value that is NaN or Inf; {way_out}\n"
+    answer = tcompress(*arguments, "--allow-nonfinite", "--json")
+    if keep == "0.95":
+        assert answer.code == 0
+        (layer,) = [each for each in json.loads(answer.out)["layers"] if each["name"] == "fc.weight"]
+        assert layer["why" if command == "plan" else "reason"] == "holds 1 value that is NaN or Inf"
+    else:
+        assert (answer.code, answer.out) == (3, "")

@@ -490,7 +490,7 @@ HASHES: dict[str, object] = {
     "a header of quotation marks": {"tensors": base64.b64encode(bytes(48)).decode(), "header": '"' * 32},
 }
 for name, hashes in HASHES.items():
-    compressed(f"hashes {name}", small(whole(hashes=hashes)), "small.safetensors: ", decompress=0)
+    compressed(f"hashes {name}", small(whole(hashes=hashes)), "small.safetensors: ")
 
 
 def unhashed(folder: Path) -> Path:
@@ -498,7 +498,7 @@ def unhashed(folder: Path) -> Path:
     return folder / "small.safetensors"
 
 
-compressed("no hashes", unhashed, "its manifest has no hashes", decompress=0)
+compressed("no hashes", unhashed, "its manifest has no hashes")
 
 
 def with_a_name(name: str) -> Change:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tcompress import TrainingOptions
-from tcompress.errors import InputError, OutputError, SafetyError, TaskError, UsageError
+from tcompress.errors import InputError, NumericalError, OutputError, SafetyError, TaskError, UsageError
 from tcompress.formats.svd import SVD
 from tests.training.tasks import MLP, factors
 
@@ -158,3 +158,41 @@ def test_a_launcher_that_shares_the_model_out_is_refused_before_anything_is_load
     with pytest.raises(UsageError, match=r"set up for .*, and factors are not trained in shards; .* --multi_gpu"):
         tune(path, text=text)
     assert not list(tmp_path.glob(".*"))
+
+
+LOST = (
+    "scored = 0\nfine = loss\ndef loss(model, batch): return fine(model, batch) * (float('nan') if scored > 1 else 1)\n"
+)
+WORSE = "def evaluate(model):\n    global scored\n    scored += 1\n    return {'score': -float(scored)}\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (f"{LOSS}return model(batch[0])", TaskError),
+        (LOST + WORSE, NumericalError),  # after an epoch, whose state is of no use then
+    ],
+)
+@pytest.mark.parametrize("before", [None, "of an earlier run\n"])
+def test_a_run_that_leaves_nothing_to_go_on_from_leaves_no_history(before, more, error, small, tune, tmp_path):
+    history = tmp_path / "tuned.safetensors.history.csv"
+    if before is not None:
+        history.write_text(before)
+    with pytest.raises(error):
+        tune(small(SVD(rank=4)), text=f"{MLP}\n{more}\n", history=history)
+    assert not (tmp_path / ".tuned.safetensors.partial").exists()
+    assert (history.read_text() if history.exists() else None) == before
+
+
+def test_a_run_that_can_go_on_keeps_its_history(small, tune, tmp_path):
+    history, flag = tmp_path / "tuned.safetensors.history.csv", tmp_path / "fail"
+    text = f"{MLP}\nfrom pathlib import Path\nfine, scored = evaluate, 0\n"
+    text += "def evaluate(model):\n    global scored\n    scored += 1\n"
+    text += f"    if scored == 3 and Path({str(flag)!r}).exists(): raise OSError('gone')\n    return fine(model)\n"
+    flag.touch()
+    with pytest.raises(TaskError, match="gone"):
+        tune(small(SVD(rank=4)), text=text, history=history)
+    assert len(history.read_text().splitlines()) == 3  # a head, the model before, and one epoch
+    flag.unlink()
+    result = tune(tmp_path / "small.safetensors", text=text, history=history)
+    assert len(history.read_text().splitlines()) == 1 + len(result.rows) == 4

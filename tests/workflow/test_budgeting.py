@@ -7,15 +7,17 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tcompress.checkpoint.opening import open_checkpoint
-from tcompress.errors import LimitError, UsageError
+from tcompress.checkpoint.statistics_file import LayerStatistics, Statistics
+from tcompress.errors import LimitError, NumericalError, UsageError
 from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
 from tcompress.workflow.budgeting import make_plan, matching
-from tcompress.workflow.compression import compress
+from tcompress.workflow.compression import compress, dry_run
 from tcompress.workflow.plan import Target, parse_plan, plan_for
+from tcompress.workflow.results import describe
 from tcompress.workflow.settings import Settings
 
 TWO = (SVD, Sparse)  # all that most of this is about
@@ -192,8 +194,35 @@ def test_an_all_zero_layer_and_one_that_is_not_finite_do_no_harm(tmp_path):
     odd[3, 4] = math.nan
     save_file({"zero.weight": torch.zeros(32, 32), "odd.weight": odd}, path)
     with open_checkpoint(path) as checkpoint:
-        planned = make_plan(checkpoint, keep=0.9, formats=TWO)
+        with pytest.raises(NumericalError, match=r"tensor odd.weight: holds 1 value that is NaN or Inf; --allow-nonf"):
+            make_plan(checkpoint, keep=0.9, formats=TWO)
+        planned = make_plan(checkpoint, keep=0.9, formats=TWO, settings=Settings(allow_nonfinite=True))
+        result = dry_run(checkpoint, planned.plan)
+    assert {row.layer.name: row.reason for row in result.layers}["odd.weight"] == "holds 1 value that is NaN or Inf"
+    assert {each.layer.name: each.why for each in planned.layers}["odd.weight"] == "holds 1 value that is NaN or Inf"
     chosen = {each.layer.name: each.chosen for each in planned.layers}
     assert chosen["odd.weight"].format is None
     assert chosen["zero.weight"].loss <= 1e-12
     assert chosen["zero.weight"].stored_bytes == 0
+
+
+def test_a_layer_that_can_only_stay_dense_says_why_and_does_no_harm_beside_statistics(model):
+    tensors = load_file(model)
+    tensors["noise.weight"][0, 0] = math.inf
+    save_file({**tensors, "low.weight.extra": torch.zeros(2)}, model)
+    layers = {
+        name: LayerStatistics(
+            tuple(tensors[name].shape), torch.ones(tensors[name].shape[1]), None, torch.ones(len(tensors[name])), 8, 1.0
+        )
+        for name in ("thin.weight", "noise.weight")
+    }
+    with open_checkpoint(model) as checkpoint:
+        known = Statistics(describe(checkpoint).sha256, "loss", 1, layers)
+        for budget in ({"keep": 0.9}, {"max_error": 0.3}, {"flops": 0.9}, {"max_bytes": 28000}):
+            planned = make_plan(
+                checkpoint, **budget, formats=TWO, statistics=known, settings=Settings(allow_nonfinite=True)
+            )
+            why = {each.layer.name: each.why for each in planned.layers}
+            assert why["noise.weight"] == "holds 1 value that is NaN or Inf"
+            assert why["low.weight"] == "tensor low.weight.extra has a name that its factors would take"
+            assert math.isfinite(planned.loss)

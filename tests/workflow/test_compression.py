@@ -215,11 +215,11 @@ def test_nan_stops_the_run_before_anything_is_written_unless_it_may_stay(model_f
     tensors["fc.weight"][3, 4] = float("nan")
     save_file(tensors, tmp_path / "nan.safetensors")
     out = tmp_path / "out.safetensors"
-    with pytest.raises(NumericalError, match=r"nan.safetensors: tensor fc.weight: holds 1 values that are NaN or Inf"):
+    with pytest.raises(NumericalError, match=r"nan.safetensors: tensor fc.weight: holds 1 value that is NaN or Inf"):
         run(tmp_path / "nan.safetensors", out, SVD(rank=2))
     assert not out.exists()
     result = run(tmp_path / "nan.safetensors", out, SVD(rank=2), settings=Settings(allow_nonfinite=True))
-    assert by_name(result)["fc.weight"].reason == "holds 1 values that are NaN or Inf"
+    assert by_name(result)["fc.weight"].reason == "holds 1 value that is NaN or Inf"
     assert by_name(result)["half.weight"].format == SVD(rank=2)
     assert SafetensorsFile(out).raw("fc.weight") == SafetensorsFile(tmp_path / "nan.safetensors").raw("fc.weight")
 

@@ -82,3 +82,49 @@ def test_an_unknown_suffix_is_refused_before_anything_is_written(model_file, tmp
 def test_a_dense_checkpoint_is_not_decompressed(model_file, tmp_path):
     with pytest.raises(InputError, match="is not a compressed checkpoint: it has no tcompress manifest"):
         decompress(open_checkpoint(model_file), out=tmp_path / "d.safetensors")
+
+
+def flipped(path, position):
+    """Change one byte of a file's data; position: from its end if negative, from the end of its header if not."""
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[position if position < 0 else header + position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("out", ["d.safetensors", "d.pt"])
+def test_a_byte_that_changed_is_told_and_nothing_is_written(model_file, tmp_path, out):
+    small = tmp_path / "s.safetensors"
+    compress(open_checkpoint(model_file), plan_for(SVD(rank=2)), out=small)
+    flipped(small, -1)
+    before = sorted(tmp_path.iterdir())
+    with open_checkpoint(small) as checkpoint:
+        *_, last = checkpoint
+        with pytest.raises(InputError) as told:
+            decompress(checkpoint, out=tmp_path / out)
+    assert str(told.value) == f"{small}: tensor {last}: its data was changed after it was written"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_byte_that_changed_in_one_shard_is_told(fixtures, tmp_path):
+    with open_checkpoint(fixtures / "digits_mlp_sharded") as checkpoint:
+        compress(checkpoint, plan_for(SVD(rank=2)), out=tmp_path / "small", max_shard_bytes=2000)
+    shard = max((tmp_path / "small").glob("*.safetensors"))
+    flipped(shard, 0)
+    with pytest.raises(InputError, match=rf"{shard.name}: tensor \S+: its data was changed after it was written"):
+        decompress(open_checkpoint(tmp_path / "small"), out=tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
+def test_hashes_that_were_cut_short_are_told(model_file, tmp_path):
+    small = tmp_path / "s.safetensors"
+    compress(open_checkpoint(model_file), plan_for(SVD(rank=2)), out=small)
+    content = small.read_bytes()
+    start = content.index(b'\\"tensors\\":\\"') + len(b'\\"tensors\\":\\"')
+    end = content.index(b'\\"', start)
+    length = int.from_bytes(content[:8], "little")
+    shorter = content[8:start] + content[start + 24 : end] + content[end : 8 + length] + b" " * 24  # JSON may end so
+    small.write_bytes(content[:8] + shorter + content[8 + length :])
+    with pytest.raises(InputError, match="its header was changed after it was written"):
+        decompress(open_checkpoint(small), out=tmp_path / "d.safetensors")
+    assert not (tmp_path / "d.safetensors").exists()

@@ -269,7 +269,7 @@ def test_what_is_not_finite_stays_dense_bit_by_bit_or_is_refused(tmp_path, name,
     reasons = {row.layer.name: row.reason for row in result.layers if row.format is None}
     written = open_checkpoint(out)
     for layer in layers:
-        assert reasons[layer] == "holds 1 values that are NaN or Inf"
+        assert reasons[layer] == "holds 1 value that is NaN or Inf"
         assert written.raw(layer) == open_checkpoint(source).raw(layer)
 
 

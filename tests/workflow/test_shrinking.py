@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tcompress import Settings, compress, load_state_dict, open_checkpoint, plan_for
-from tcompress.errors import NumericalError, UsageError
+from tcompress.errors import InputError, NumericalError, UsageError
 from tcompress.formats.sparse import Sparse
 from tcompress.formats.svd import SVD
 from tcompress.formats.tucker import Tucker
@@ -181,3 +181,18 @@ def test_values_that_are_not_finite_are_named(written):
     dense = written(a=torch.full((9, 9), torch.nan))
     with pytest.raises(NumericalError, match=r"tensor a\.weight: the weight holds NaN"):
         Ladder(dense, dense, SETTINGS).steps(goals_of(dense, plan_for(SVD(rank=1)), SETTINGS), 1.0)
+
+
+def test_damage_is_not_written_again_with_hashes_of_its_own(written, tmp_path):
+    dense = written(a=planted(120, 90, 5), b=planted(90, 80, 4))
+    ladder, goals = first_and_second(dense, plan_for(SVD(rank=25)), tmp_path)
+    found = {step.goal.layer: ladder.fitted(step) for step in ladder.steps(goals, 1.0)[:1]}
+    small = tmp_path / "small.safetensors"
+    content = small.read_bytes()
+    small.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with (
+        open_checkpoint(small) as damaged,
+        pytest.raises(InputError, match="its data was changed after it was written"),
+    ):
+        recompress(damaged, found, out=tmp_path / "next.safetensors")
+    assert not (tmp_path / "next.safetensors").exists()
