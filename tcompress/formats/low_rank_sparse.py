@@ -44,6 +44,7 @@ _USUAL_SHARE = 0.1  # the paper's
 _OF_BUDGET = 4  # the low-rank part takes one part in so many of a budget at most, as in OATS, if no share is given
 _TRIED_SHARES = (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)  # of a budget's bytes, when the share is searched
 _REFINEMENTS = 2  # each half-way between the best share and its neighbours
+_FINALISTS = 3  # shares that are fitted with all rounds: few rounds favour a small low-rank part
 _FINENESS = 64  # the density is searched to one part in so many of itself
 
 
@@ -236,7 +237,8 @@ class LowRankSparse(Format):
             if not found:
                 return None
             tried = _beside(min(found, key=lambda part: errors[found[part]]), sorted(found))
-        return min(errors, key=errors.__getitem__)
+        finalists = sorted(errors, key=errors.__getitem__)[:_FINALISTS]
+        return min(finalists, key=lambda setting: _error(weight, setting))
 
     @classmethod
     def reaching(cls, weight: Tensor, relative_error: float, **options: Any) -> Self:

@@ -197,6 +197,16 @@ def test_share_auto_is_never_worse_than_either_part_alone():
     assert error(weights["both"], LowRankSparse.best_within(low + sparse, torch.float32, budget, share="auto")) < 0.01
 
 
+def test_share_auto_is_the_best_of_the_shares_when_all_rounds_are_made():
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(n, 96, generator=generator))[0] for n in (96, 128))
+    weight = left * torch.arange(1, 97) ** -0.5 @ right.T
+    budget = int(0.5 * weight.numel() * 4)
+    shares = [LowRankSparse.within((96, 128), torch.float32, budget, share=n / 64) for n in range(1, 32)]
+    best = min(error(weight, setting) for setting in shares if setting is not None)
+    assert error(weight, LowRankSparse.best_within(weight, torch.float32, budget, share="auto")) <= 1.005 * best
+
+
 def test_share_auto_without_a_budget_is_refused():
     with pytest.raises(FormatError, match="share=auto looks for the best use of a budget; give keep"):
         LowRankSparse(share="auto").fit(weight_of(8, 8))
