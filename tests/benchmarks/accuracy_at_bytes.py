@@ -9,6 +9,7 @@ the DECOMPRESSED file's weights, by the model's file in tasks/. Nothing is train
 
 planner              compress --keep X --task TASK, as a command in a process of its own
 planner-no-task      compress --keep X
+planner-plain        compress --keep X --inputs plain
 svd, tt, ...         compress --format F --keep X, and with --dtype int8, int4 and int3 as well: the best of the four
                      that keep to the bytes. Layers on which nothing fits stay dense: a row that takes more than was
                      asked is marked, and is then the one of the four with the fewest bytes
@@ -98,6 +99,8 @@ def subjects(data: Path, names: Sequence[str]) -> Iterator[Subject]:
     minilm = Path(package.origin).parent / "model" if package and package.origin else data / "models"
     known = {
         "resnet20": (data / "models" / "resnet20.th", "module."),
+        "resnet32": (data / "models" / "resnet32.safetensors", ""),
+        "resnet8": (data / "models" / "resnet8_cifar10.safetensors", ""),
         "lenet300": (data / "models" / "lenet300.safetensors", ""),
         "stories260K": (data / "models" / "stories260K.safetensors", ""),
         "minilm": (minilm / "model.safetensors", ""),
@@ -254,6 +257,9 @@ def methods() -> dict[str, Callable[[Subject, float], Row]]:
     found: dict[str, Callable[[Subject, float], Row]] = {
         "planner": lambda s, keep: compressed(s, "planner", ["--keep", str(keep), *s.options], apart),
         "planner-no-task": lambda s, keep: compressed(s, "planner-no-task", ["--keep", str(keep)], apart),
+        "planner-plain": lambda s, keep: compressed(
+            s, "planner-plain", ["--keep", str(keep), "--inputs", "plain"], apart
+        ),
     }
     for form in FORMATS + SLOW:
         found[form] = lambda s, keep, form=form: best_type(s, form, keep)

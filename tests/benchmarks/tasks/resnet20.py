@@ -54,11 +54,12 @@ class Block(nn.Module):
         return F.relu(inner + F.pad(past, (0, 0, 0, 0, self.added, self.added)))
 
 
-class ResNet20(nn.Module):
-    """Three stages of three blocks; each stage halves the picture and doubles the channels."""
+class ResNet(nn.Module):
+    """Three stages of so many blocks; each stage halves the picture and doubles the channels."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = BLOCKS) -> None:
         super().__init__()
+        self.blocks = blocks
         self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = normed(WIDTHS[0])
         self.layer1 = self._stage(WIDTHS[0], WIDTHS[0], 1)
@@ -66,9 +67,9 @@ class ResNet20(nn.Module):
         self.layer3 = self._stage(WIDTHS[1], WIDTHS[2], 2)
         self.linear = nn.Linear(WIDTHS[2], 10)
 
-    @staticmethod
-    def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(Block(inputs, outputs, stride), *(Block(outputs, outputs, 1) for _ in range(BLOCKS - 1)))
+    def _stage(self, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        more = (Block(outputs, outputs, 1) for _ in range(self.blocks - 1))
+        return nn.Sequential(Block(inputs, outputs, stride), *more)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (batch, 10) of pictures (batch, 3, 32, 32)."""
@@ -77,20 +78,26 @@ class ResNet20(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
-def pixels(pictures: np.ndarray) -> Tensor:
+def pixels(found: np.ndarray) -> Tensor:
     """Return pictures (count, 32, 32, 3) of bytes as inputs of the model."""
-    channels_first = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(255)
+    channels_first = torch.from_numpy(found).permute(0, 3, 1, 2).float().div_(255)
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     return ((channels_first - mean) / deviation).contiguous()
 
 
-def decoded(name: str, most: int | None) -> tuple[Tensor, Tensor]:
-    """Return the first pictures of a set as inputs of the model, and their classes."""
+def pictures(name: str, most: int | None) -> tuple[np.ndarray, Tensor]:
+    """Return the first pictures of a set, (count, 32, 32, 3) of bytes, and their classes."""
     with np.load(SETS / name) as stored:
         files, offsets, classes = stored["jpg"].tobytes(), stored["offset"].tolist(), stored["y"][:most]
     spans = list(pairwise(offsets))[: len(classes)]
-    pictures = [np.asarray(Image.open(io.BytesIO(files[start:end])).convert("RGB")) for start, end in spans]
-    return pixels(np.stack(pictures)), torch.from_numpy(classes)
+    found = [np.asarray(Image.open(io.BytesIO(files[start:end])).convert("RGB")) for start, end in spans]
+    return np.stack(found), torch.from_numpy(classes)
+
+
+def decoded(name: str, most: int | None) -> tuple[Tensor, Tensor]:
+    """Return the first pictures of a set as inputs of the model, and their classes."""
+    found, classes = pictures(name, most)
+    return pixels(found), classes
 
 
 @functools.cache
@@ -107,12 +114,16 @@ def train_set() -> tuple[Tensor, Tensor]:
 
 def model() -> nn.Module:
     """Return the architecture."""
-    return ResNet20()
+    return ResNet()
 
 
 def evaluate(model: nn.Module) -> dict[str, float]:
     """Return the percentage of test pictures whose class is right."""
-    inputs, classes = test_set()
+    return accuracy(model, *test_set())
+
+
+def accuracy(model: nn.Module, inputs: Tensor, classes: Tensor) -> dict[str, float]:
+    """Return the percentage of inputs whose class is right."""
     device = next(chain(model.parameters(), model.buffers())).device
     with torch.inference_mode():
         found = torch.cat([model(batch.to(device)).argmax(1).cpu() for batch in inputs.split(50)])
