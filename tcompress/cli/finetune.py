@@ -81,14 +81,14 @@ Temperature = Annotated[
 Init = Annotated[
     str | None,
     typer.Option(
-        "--init", help="from-scratch: how factors begin: random [default].", metavar="HOW", rich_help_panel=_LEARNING
+        "--init", help="from-scratch: how factors begin: random, the default.", metavar="HOW", rich_help_panel=_LEARNING
     ),
 ]
 Direction = Annotated[
     str | None,
     typer.Option(
         "--kl-direction",
-        help="student-teacher, as the low-rank-plus-sparse paper has it [default], or teacher-student.",
+        help="student-teacher, as the low-rank-plus-sparse paper has it (the default), or teacher-student.",
         metavar="WAY",
         rich_help_panel=_DISTILL,
     ),

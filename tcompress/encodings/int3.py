@@ -131,7 +131,7 @@ def _grouped(values: Tensor) -> Tensor:
 
 def _offset_of(groups: Tensor) -> float:
     """Return the offset of least squared error; 0 where zeros are more than an accident, and have to stay it."""
-    if int(groups.count_nonzero()) <= (1 - _ACCIDENTAL) * groups.numel():
+    if int(groups.count_nonzero()) <= (1 - _ACCIDENTAL) * groups.numel():  # the last group is filled up by its own
         return 0.0
     some = groups
     if len(groups) > _LOOKED_AT:

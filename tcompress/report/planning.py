@@ -17,6 +17,8 @@ from tcompress.workflow.evaluations import Search
 from tcompress.workflow.settings import TYPE_NAMES
 from tcompress.workflow.trial import Candidate
 
+_NAMED = 5  # layers that a message names
+
 
 def planning_document(source: Path, planned: Planned, explain: str | None = None) -> Document:
     """Return the report of ``plan``. explain: a layer whose whole curve is to be in it.
@@ -134,5 +136,6 @@ def _curve_of(planned: Planned, name: str) -> list[Document]:
                 {**_candidate(candidate), "fitted": candidate.is_fitted, "chosen": candidate is each.chosen}
                 for candidate in ordered
             ]
-    known = ", ".join(each.layer.name for each in planned.layers[:5])
-    raise UsageError(f"--explain: there is no layer {name}; there are {known}, ...")
+    known = ", ".join(each.layer.name for each in planned.layers[:_NAMED])
+    more = ", ..." if len(planned.layers) > _NAMED else ""
+    raise UsageError(f"--explain: there is no layer {name}; there are {known}{more}")

@@ -211,7 +211,7 @@ def _planned(layer: Layer, chosen: Candidate, curve: Sequence[Candidate], choice
         chosen,
         curve,
         known.importance_of(layer),
-        choices.barred.get(layer.name) or _why(layer, chosen, known),
+        choices.barred.get(layer.name) or _why(layer, chosen, known, is_alone=len(curve) == 1),
         multiplications(layer, chosen.format, calls),
         multiplications(layer, None, calls),
         known.inputs_of(layer),
@@ -230,9 +230,9 @@ def _rule(planned: PlannedLayer) -> Rule:
     return Rule(exactly(layer.name), chosen.format, comments=comments, store=chosen.store, inputs=inputs)
 
 
-def _why(layer: Layer, chosen: Candidate, known: Knowledge) -> str:
+def _why(layer: Layer, chosen: Candidate, known: Knowledge, *, is_alone: bool) -> str:
     if chosen.format is None:
-        return "dense: what it costs is worth more here than elsewhere, or nothing is smaller"
+        return "nothing tried is smaller" if is_alone else "its bytes are worth more here than elsewhere"
     assert chosen.store is not None  # noqa: S101
     assumed = known.inputs_of(layer)
     of_what = "weight" if known.metric_of(layer).is_plain else "output"

@@ -102,7 +102,7 @@ def is_exact(spec: FactorSpec, nonzeros: int | None) -> bool:
         return True
     has_zeros = nonzeros is not None and nonzeros <= _FULLEST_PATTERN * spec.values
     may_gain = has_zeros and spec.pattern is None
-    return not may_gain and (spec.skips is not None or cheapest_bytes(replace(spec, skips=0)) == cheapest_bytes(spec))
+    return not may_gain and cheapest_bytes(replace(spec, skips=0)) == cheapest_bytes(spec)
 
 
 def _described_bytes(pieces: list[Piece]) -> int:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
+
+from tcompress.cli.app import app
 
 COMMANDS = [
     "inspect",
@@ -40,6 +44,21 @@ def test_every_command_has_help_with_an_example_or_its_list(tcompress, command):
     answer = tcompress(command, "--help")
     assert answer.code == 0
     assert command == "formats" or f"Example: tcompress {command} " in answer.out
+
+
+def test_no_help_text_has_words_in_brackets_that_the_terminal_would_swallow():
+    commands = typer.main.get_command(app).commands
+    texts = {(name, each.name): each.help for name, command in commands.items() for each in command.params}
+    assert [where for where, text in texts.items() if re.search(r"(?<!\\)\[[a-z/#@]", text or "")] == []
+
+
+def test_a_file_that_became_larger_is_not_called_smaller(tcompress, tmp_path):
+    save_file({f"{n}.weight": torch.randn(6, 6) for n in range(3)}, tmp_path / "tiny.safetensors")
+    done = tcompress("compress", "tiny.safetensors", "--format", "svd:rank=1", "--dtype", "fp16", "-o", "o.safetensors")
+    grown = (tmp_path / "o.safetensors").stat().st_size - (tmp_path / "tiny.safetensors").stat().st_size
+    assert grown > 0
+    assert f"{grown} bytes LARGER: descriptions take more than the layers save" in done.out
+    assert "x smaller" not in done.out
 
 
 def test_commands_work_literally_inside_a_models_folder(tcompress, model_file, tmp_path):

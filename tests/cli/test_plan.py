@@ -114,6 +114,23 @@ def test_a_layer_can_be_explained(tcompress, dense):
     assert "there is no layer nothing" in unknown.err
 
 
+def test_a_layer_that_is_not_there_is_told_with_those_that_are(tcompress, dense):
+    answer = tcompress("plan", dense, "--keep", "0.2", *TWO, "--explain", "nothing")
+    assert (answer.code, answer.err) == (
+        2,
+        "error: --explain: there is no layer nothing; there are hidden.weight, input.weight, output.weight\n",
+    )
+
+
+def test_a_dense_layer_says_which_reason_it_has(tcompress, tmp_path):
+    save_file({"tiny.weight": torch.eye(2), "large.weight": torch.randn(64, 64)}, tmp_path / "two.safetensors")
+    document = json.loads(tcompress("plan", "two.safetensors", "--keep", "1", *TWO, "--dtype", "fp32", "--json").out)
+    assert {layer["name"]: layer["why"] for layer in document["layers"]} == {
+        "tiny.weight": "nothing tried is smaller",
+        "large.weight": "its bytes are worth more here than elsewhere",
+    }
+
+
 def test_a_task_makes_outputs_nearer(tcompress, small):
     budget = ("--keep", "0.15", "--dtype", "int8", "--formats", "sparse")
     done = tcompress("compress", small, *budget, "--task", "task.py", "-o", "s.safetensors")

@@ -28,6 +28,11 @@ DENSITIES = (0.0, None, 0.05, 0.5, 1.0)  # None: a single value
 NAMES = ("dense", "bitmask", "elias-fano:0", "elias-fano:3", "delta8", "csr", "4:5", "2:4", "4:8", "15:16")
 
 
+def is_pattern(name):
+    """Whether a coding keeps n of every m neighbours, as its name says."""
+    return name[:1].isdigit()
+
+
 def bits(tensor):
     return tensor.contiguous().view(INTEGERS[tensor.dtype.itemsize])
 
@@ -62,7 +67,7 @@ def numbers(shape, density, seed=0):
 def spec_of(factor, dtype, name):
     """What there is to know of a factor, with the pattern that a name n:m asks for."""
     known = measured(factor, dtype)
-    pattern = tuple(map(int, name.split(":"))) if name[:1].isdigit() else None
+    pattern = tuple(map(int, name.split(":"))) if is_pattern(name) else None
     skips = int((torch.from_numpy(gaps(factor)) // 255).sum())
     return FactorSpec(known.shape, dtype, known.nonzeros, skips, pattern)
 
@@ -74,7 +79,7 @@ def gaps(factor):
 
 def holds(factor, name):
     """Whether a factor has the pattern n:m; any factor has where there is none in the name."""
-    if not name[:1].isdigit():
+    if not is_pattern(name):
         return name != "csr" or factor.ndim == 2
     n, m = map(int, name.split(":"))
     if factor.shape[-1] % m:

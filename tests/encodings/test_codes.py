@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 
 from tcompress.encodings import FactorSpec, cheapest, measured
 from tcompress.errors import NumericalError
-from tests.encodings.factors import CODED, DENSITIES, NAMES, SHAPES, coding_of, holds, numbers, spec_of, thinned
+from tests.encodings.factors import (
+    CODED,
+    DENSITIES,
+    NAMES,
+    SHAPES,
+    coding_of,
+    holds,
+    is_pattern,
+    numbers,
+    spec_of,
+    thinned,
+)
 
 every_name = pytest.mark.parametrize("name", NAMES)
 every_code = pytest.mark.parametrize("values", CODED)
@@ -20,14 +31,14 @@ every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys(
 def factors_for(name, shape):
     for density in DENSITIES:
         factor = numbers(shape, density)
-        factor = thinned(factor, name) if name[:1].isdigit() else factor
+        factor = thinned(factor, name) if is_pattern(name) else factor
         if holds(factor, name):
             yield factor
 
 
 def at_stored_places(tensor, factor, name):
     """The values of a tensor at the places that are stored of a factor, in their order, by the page."""
-    if name[:1].isdigit():
+    if is_pattern(name):
         n, m = map(int, name.split(":"))
         # The nonzeros first, then the lowest of the others; and all of these in the order of the row.
         ranks = torch.where(factor.reshape(-1, m) != 0, 0, 1) * m + torch.arange(m)

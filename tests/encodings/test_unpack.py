@@ -19,6 +19,7 @@ from tests.encodings.factors import (
     bits,
     coding_of,
     holds,
+    is_pattern,
     numbers,
     random_bits,
     thinned,
@@ -39,7 +40,7 @@ def nothing_compiled_before():
 
 def fitting(factor, name):
     """The factor cut down to the pattern of a name, None where the name cannot hold it."""
-    if name[:1].isdigit():
+    if is_pattern(name):
         factor = thinned(factor, name) if factor.ndim else factor
         return factor if factor.ndim and holds(factor, name) else None
     return factor if holds(factor, name) else None
@@ -114,7 +115,7 @@ def test_bytes_of_delta8_that_own_no_value(positions, values):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    coding=st.sampled_from([(name, values) for name, values in CODINGS if not name[:1].isdigit()]),
+    coding=st.sampled_from([(name, values) for name, values in CODINGS if not is_pattern(name)]),
     sizes=st.lists(st.integers(0, 40), min_size=2, max_size=3),
     density=st.floats(0, 1) | st.floats(0, 0.02),
     seed=st.integers(0, 2**32),
