@@ -139,7 +139,9 @@ def _usage(problem: Any) -> int:
     if type(problem).__name__ == "NoArgsIsHelpError":
         sys.stdout.write(problem.format_message() + "\n")
         return 2
-    return _failed(f"{problem.format_message()} See '{help_command}'.", int(problem.exit_code))
+    message = problem.format_message()
+    end = "" if message.endswith((".", "!", "?")) else "."
+    return _failed(f"{message}{end} See '{help_command}'.", int(problem.exit_code))
 
 
 def _failed(message: str, code: int) -> int:

@@ -66,7 +66,7 @@ DTypeName = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="Store factors as bf16, fp16, fp32, int8, int4 or int3 (codes with scales); default: the layer's own.",
+        help="Type of factors: bf16, fp16, fp32, fp64, int8, int4 or int3 (codes); default: the layer's own.",
         metavar="TYPE",
     ),
 ]
@@ -145,7 +145,6 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | 
     "GIB": 1 << 30,
     "TIB": 1 << 40,
 }
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "int8", "int4": "int4", "int3": "int3"}
 
 
 def parse_size(text: str | None, option: str) -> int | None:
@@ -182,12 +181,11 @@ def set_threads(count: int | None) -> None:
 
 def pick_dtype(name: str | None) -> torch.dtype | None:
     """Return the type that factors are stored in, None for each layer's own. Raises UsageError for another name."""
-    import torch
+    from tcompress.workflow.settings import STORED_TYPES
 
     if name is None:
         return None
-    full = _DTYPES.get(name, name)
-    if full not in _DTYPES.values():
-        raise UsageError(f"--dtype: {name!r} is none of {', '.join(_DTYPES)}")
-    found: torch.dtype = getattr(torch, full)
-    return found
+    known = STORED_TYPES | {str(dtype).removeprefix("torch."): dtype for dtype in STORED_TYPES.values()}
+    if name not in known:
+        raise UsageError(f"--dtype: {name!r} is none of {', '.join(STORED_TYPES)}")
+    return known[name]

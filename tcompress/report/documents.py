@@ -93,6 +93,8 @@ def inspection_document(inspection: Inspection) -> Document:
                 "stored_bytes": row.stored_bytes,
                 "kind": row.kind,
                 "format": row.format,
+                "options": {} if row.setting is None else row.setting.options(),
+                "stored_dtype": None if row.store is None else TYPE_NAMES[row.store],
                 "relative_error": row.relative_error,
                 "tied_to": row.tied_to,
             }

@@ -100,10 +100,15 @@ def inspection_view(document: Document) -> RenderableType:
         cells: list[Cell] = [row["name"], as_shape(row["shape"]), row["dtype"], row["kind"] or "", tie]
         cells.append(as_bytes(row["dense_bytes"]))
         if is_compressed:
-            cells += [row["format"] or "", as_bytes(row["stored_bytes"]), as_error(row["relative_error"])]
+            cells += [
+                "" if row["format"] is None else setting_text({**row, "format": row["format"].partition(":")[0]}),
+                row["stored_dtype"] or "",
+                as_bytes(row["stored_bytes"]),
+                as_error(row["relative_error"]),
+            ]
         rows.append(cells)
     columns = ["tensor", "shape", "dtype", "kind", "", "dense"]
-    columns += ["stored as", "stored", "error"] if is_compressed else []
+    columns += ["format", "as", "stored", "error"] if is_compressed else []
     dense = sum(row["dense_bytes"] for row in document["tensors"] if not row["tied_to"])
     lines = [
         f"{len(document['tensors'])} tensors, {dense} bytes dense, in {len(document['files'])} file(s) "

@@ -17,7 +17,9 @@ from tcompress.encodings import Coding, FactorSpec, find
 from tcompress.errors import FormatError, InputError, UnsupportedError
 from tcompress.formats import FORMATS, Format, make
 from tcompress.formats.grouped import GroupFormat
+from tcompress.version import __version__
 from tcompress.workflow.layout import stored_name
+from tcompress.workflow.settings import STORED_TYPES
 from tcompress.workflow.stored import rebuild
 
 
@@ -90,6 +92,22 @@ class CompressedView:
         members = self.manifest.members(group)
         part, rest = divmod(sum(self.checkpoint[name].nbytes for name in self.shared[group]), len(members))
         return own + part + (rest if layer == members[0] else 0)
+
+    def stored_type(self, layer: str) -> torch.dtype | None:
+        """Return the type that a layer's factors are stored in; None where none of them has values."""
+        entry = self.manifest.layers[layer]
+        found = [(layer, name, factor) for name, factor in entry.factors.items()]
+        if entry.group is not None:
+            found += [(shared_stem(entry.group), *each) for each in self.manifest.shared[entry.group].items()]
+        for stem, name, factor in found:
+            if factor.values is not None:
+                return STORED_TYPES[factor.values]
+            coding = _coding(factor)
+            assert coding is not None, "known since the view was made"  # noqa: S101
+            types = [self.checkpoint[stored_name(stem, name, part)].dtype for part in coding.part_names]
+            if floating := [each.torch for each in types if each.is_floating]:
+                return floating[0]
+        return None
 
     def announced(self, layer: str, dtype: torch.dtype) -> Mapping[str, FactorSpec]:
         """Return the factors, shared ones included, that the layer's options announce."""
@@ -184,7 +202,7 @@ def view(checkpoint: Checkpoint) -> CompressedView:
 def _require_known(checkpoint: Checkpoint, layer: str, entry: Entry, writer: str) -> None:
     if entry.format not in FORMATS:
         raise UnsupportedError(
-            f"has format {entry.format!r}, which this version does not know; {writer} wrote it and can read it",
+            f"has format {entry.format!r}, which this version does not know; {_whose(writer)}",
             path=checkpoint.path,
             tensor=layer,
         )
@@ -192,6 +210,13 @@ def _require_known(checkpoint: Checkpoint, layer: str, entry: Entry, writer: str
         raise InputError(
             "its manifest entry shares factors where its format has none", path=checkpoint.path, tensor=layer
         )
+
+
+def _whose(writer: str) -> str:
+    """Say who could read what this version cannot: if it says that it is of this version, nobody."""
+    if writer == f"tcompress {__version__}":
+        return "nor did it write that: the file was changed, or made by something else"
+    return f"{writer} wrote it and can read it"
 
 
 def _parts(checkpoint: Checkpoint, layer: str, factors: Mapping[str, Factor], writer: str) -> tuple[str, ...]:
@@ -202,7 +227,7 @@ def _parts(checkpoint: Checkpoint, layer: str, factors: Mapping[str, Factor], wr
             values = "" if factor.values is None else f" of {factor.values!r}"
             problem = (
                 f"its factor {name} has encoding {factor.encoding!r}{values}, which this version cannot read; "
-                f"{writer} wrote it"
+                f"{_whose(writer)}"
             )
             raise UnsupportedError(problem, path=checkpoint.path, tensor=layer)
         names += [stored_name(layer, name, part) for part in coding.part_names]

@@ -38,7 +38,8 @@ def _row(info: TensorInfo, tied_to: str | None, compressed: CompressedView | Non
         dense_bytes=info.nbytes,
         stored_bytes=0 if tied_to else info.nbytes,
         kind=None if layer is None else str(layer.kind),
-        format=None,
+        setting=None,
+        store=None,
         relative_error=None,
         tied_to=tied_to,
     )
@@ -48,7 +49,8 @@ def _row(info: TensorInfo, tied_to: str | None, compressed: CompressedView | Non
         row,
         stored_bytes=compressed.stored_bytes(info.name),
         kind=str(entry.kind),
-        format=str(compressed.setting(info.name)),
+        setting=compressed.setting(info.name),
+        store=compressed.stored_type(info.name),
         relative_error=entry.relative_error,
     )
 

@@ -138,7 +138,7 @@ class VerificationResult:
 
 @dataclass(frozen=True)
 class InspectionRow:
-    """One tensor as its user knows it; ``format`` is None when it is stored as it is."""
+    """One tensor as its user knows it; ``setting`` and ``store`` are None when it is stored as it is."""
 
     name: str
     shape: tuple[int, ...]
@@ -146,9 +146,15 @@ class InspectionRow:
     dense_bytes: int
     stored_bytes: int
     kind: str | None
-    format: str | None
+    setting: Format | None
+    store: torch.dtype | None
     relative_error: float | None
     tied_to: str | None
+
+    @property
+    def format(self) -> str | None:
+        """The setting as the command line takes it."""
+        return None if self.setting is None else str(self.setting)
 
 
 @dataclass(frozen=True)

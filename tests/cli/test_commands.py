@@ -149,6 +149,29 @@ def test_inspect_shows_kinds_ties_and_the_manifest(tcompress, fixtures):
     assert small["manifest"]["source"]["bytes"] == (fixtures / "digits_mlp_tied.pt").stat().st_size
 
 
+def test_inspect_says_how_factors_are_stored(tcompress, model_file):
+    options = ("--format", "lrs", "--keep", "0.3", "--dtype", "int3", "-o", "s.safetensors")
+    made = tcompress("compress", model_file, *options).out.splitlines()
+    shown = tcompress("inspect", "s.safetensors")
+    settings = {line.split()[4] for line in made if " low-rank-sparse:" in line}
+    assert settings
+    assert all(f"{setting} " in shown.out for setting in settings)
+    document = json.loads(tcompress("inspect", "s.safetensors", "--json").out)
+    layers = [row for row in document["tensors"] if row["format"]]
+    assert {row["stored_dtype"] for row in layers} == {"int3"}
+    assert all(row["format"].startswith("low-rank-sparse:density=") and row["options"]["density"] for row in layers)
+    tcompress("compress", model_file, "--format", "svd:rank=2", "--dtype", "bf16", "-o", "b.safetensors")
+    rows = json.loads(tcompress("inspect", "b.safetensors", "--json").out)["tensors"]
+    assert {row["stored_dtype"] for row in rows} == {"bf16", None}
+
+
+def test_a_message_and_where_to_look_are_two_sentences(tcompress, model_file):
+    for arguments in (("--kep", "0.5"), ("--threads", "0")):
+        answer = tcompress("compress", model_file, *arguments)
+        assert (answer.code, answer.err.count("\n")) == (2, 1)
+        assert re.search(r"[.] See 'tcompress", answer.err)
+
+
 def test_nested_checkpoints_say_what_is_not_carried_over(tcompress, fixtures):
     answer = tcompress("compress", fixtures / "digits_cnn.pt", "--format", "svd", "--rank", "4", "-o", "s.safetensors")
     assert "note: not carried over, being no tensors: epoch, accuracy" in answer.out
