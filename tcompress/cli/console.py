@@ -16,7 +16,7 @@ from tcompress.report.writing import json_text
 from tcompress.training.watching import Moment, Watch, unwatched
 from tcompress.workflow.progress import Progress, Step, silent
 
-_WIDE = 160  # columns when the output is a file: a table in a log should not fold at 80
+_UNBOUNDED = 100_000  # columns when the output is a file or a pipe: nothing in a log should fold
 
 
 def show(document: Document, view: RenderableType, *, as_json: bool) -> None:
@@ -25,9 +25,13 @@ def show(document: Document, view: RenderableType, *, as_json: bool) -> None:
         sys.stdout.write(json_text(document))
         return
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_WIDE)
-    console.print(view)
+    if console.is_terminal:
+        console.print(view)
+        return
+    wide = Console(highlight=False, width=_UNBOUNDED)
+    with wide.capture() as written:
+        wide.print(view)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in written.get().splitlines()))
 
 
 def complain(message: str) -> None:

@@ -172,6 +172,16 @@ def test_a_message_and_where_to_look_are_two_sentences(tcompress, model_file):
         assert re.search(r"[.] See 'tcompress", answer.err)
 
 
+def test_what_goes_into_a_log_is_neither_folded_nor_filled_up(tcompress, tmp_path):
+    name = ".".join(["blocks", *["inner"] * 40, "weight"])
+    save_file({name: torch.randn(32, 32), "b.weight": torch.randn(2, 2)}, tmp_path / "long.safetensors")
+    lines = tcompress("compress", "long.safetensors", "--format", "svd:rank=2", "-o", "s.safetensors").out.splitlines()
+    assert any(line.startswith(f"{name} ") and "svd:rank=2" in line for line in lines)
+    (reason,) = [line for line in lines if line.startswith("stays dense: b.weight: larger than dense")]
+    assert reason.endswith("no setting is smaller")
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
 def test_nested_checkpoints_say_what_is_not_carried_over(tcompress, fixtures):
     answer = tcompress("compress", fixtures / "digits_cnn.pt", "--format", "svd", "--rank", "4", "-o", "s.safetensors")
     assert "note: not carried over, being no tensors: epoch, accuracy" in answer.out
