@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 
 from tcompress.checkpoint.opening import open_checkpoint
 from tcompress.formats import FORMATS
+from tcompress.formats.sparse import Sparse
+from tcompress.workflow.compression import compress
 from tcompress.workflow.decoding import view
 from tcompress.workflow.decompression import decompress
+from tcompress.workflow.plan import plan_for
 from tcompress.workflow.verification import verify
 from tests.conftest import FIXTURES
 
@@ -49,12 +52,25 @@ def test_an_old_file_holds_the_format_that_it_is_named_after(path):
     with open_checkpoint(path) as checkpoint:
         layers = view(checkpoint).manifest.layers
         settings = [view(checkpoint).setting(name) for name in layers]
-        held = {factor.values for entry in layers.values() for factor in entry.factors.values()}
+        factors = [factor for entry in layers.values() for factor in entry.factors.values()]
+    held = {factor.values for factor in factors} | {factor.encoding.partition(":")[0] for factor in factors}
     name = max((name for name in FORMATS if path.stem.startswith(name)), key=len)
     variant = path.stem.removeprefix(name).removeprefix("-")
     assert len(settings) > 1
     assert {setting.name for setting in settings} == {name}
     assert variant in held or all(variant in str(setting) for setting in settings)
+
+
+@pytest.mark.parametrize("path", [path for path in OLD_FILES if "csr" in path.stem or "elias" in path.stem], ids=str)
+def test_old_files_of_equal_values_in_other_encodings_are_the_same_model(path, tmp_path):
+    here = tmp_path / "here.safetensors"
+    with open_checkpoint(FIXTURES / "digits_cnn.safetensors") as checkpoint:
+        compress(checkpoint, plan_for(Sparse(density=0.1)), out=here)
+    for number, each in enumerate((path, here)):
+        decompress(open_checkpoint(each), out=tmp_path / f"{number}.safetensors")
+    one, other = (load_file(tmp_path / f"{number}.safetensors") for number in range(2))
+    rebuilt = view(open_checkpoint(path)).manifest.layers
+    assert all(torch.equal(one[name], other[name]) for name in rebuilt)
 
 
 def test_every_format_has_an_old_file():

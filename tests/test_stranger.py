@@ -664,6 +664,16 @@ def test_each_file_alone_gives_back_its_tensors(run):
     assert encodings == run.case.encodings
 
 
+@pytest.mark.parametrize("encoding", ["csr", "elias-fano", "int3"])
+def test_files_of_before_are_read_by_the_page_as_well(encoding, tmp_path):
+    old = FIXTURES / "compressed" / "v1" / f"sparse-{encoding}.safetensors"
+    file, plain = StrangersFile(old), tmp_path / "plain.safetensors"
+    command = [sys.executable, "-m", "tcompress", "decompress", str(old), "-o", str(plain), "--device", "cpu"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    dense = stored_dense(plain)
+    assert {name: tensor.data for name, tensor in file.decode().items()} == {n: t.data for n, t in dense.items()}
+
+
 @every_case
 def test_the_reported_norm_and_error_are_those_of_the_stored_bytes(run):
     for entry, original, decoded in run.layers():
