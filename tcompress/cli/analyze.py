@@ -29,6 +29,8 @@ from tcompress.errors import UsageError
 
 if TYPE_CHECKING:
     from tcompress.checkpoint.statistics_file import Statistics
+    from tcompress.formats import Format
+    from tcompress.workflow.plan import Target
 
 Formats = Annotated[
     list[str] | None,
@@ -98,7 +100,6 @@ def analyze(
     """
     from tcompress.checkpoint.memory import limited
     from tcompress.checkpoint.opening import open_checkpoint
-    from tcompress.cli.choices import choices, quick_formats
     from tcompress.cli.console import progress_bar, show
     from tcompress.report.analysis import analysis_view
     from tcompress.report.documents import analysis_document
@@ -110,10 +111,7 @@ def analyze(
     from tcompress.workflow.removal import low_rank_of, removals
     from tcompress.workflow.settings import Settings
 
-    asked = None
-    if formats or rank is not None or keep is not None or tolerance is not None:
-        names = formats or quick_formats(with_rank=rank is not None)
-        asked = choices(names, rank=rank, keep=keep, tolerance=tolerance, seed=seed)
+    asked = _asked(formats, rank, keep, tolerance, seed, curves=curves)
     settings = Settings(pick_dtype(dtype), pick_device(device), allow_nonfinite)
     set_threads(threads)
     memory = parse_size(max_memory, "--max-memory")
@@ -144,6 +142,27 @@ def analyze(
     if curves:
         document["curves"] = curves_document(told)
     show(document, analysis_view(document), as_json=as_json)
+
+
+def _asked(
+    formats: list[str] | None,
+    rank: int | None,
+    keep: float | None,
+    tolerance: float | None,
+    seed: int,
+    *,
+    curves: bool,
+) -> list[Format | Target] | None:
+    """Return what is to be looked at; None for what is tried unasked. Curves show all sizes, and need none."""
+    from tcompress.cli.choices import at_usual_sizes, choices, quick_formats
+
+    sized = rank is not None or keep is not None or tolerance is not None
+    if formats and curves and not sized:
+        return at_usual_sizes(formats, seed=seed)
+    if not formats and not sized:
+        return None
+    names = formats or quick_formats(with_rank=rank is not None)
+    return choices(names, rank=rank, keep=keep, tolerance=tolerance, seed=seed)
 
 
 def _read_statistics(path: Path | None, *, curves: bool) -> Statistics | None:

@@ -12,6 +12,7 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.errors import UsageError
 from tcompress.formats import FORMATS, Format, find_format, make, parse
 from tcompress.formats.grouped import GroupFormat
+from tcompress.workflow.analysis import USUAL_BUDGETS
 from tcompress.workflow.assumed import SMOOTH
 from tcompress.workflow.plan import Plan, Target, plan_for, read_plan
 from tcompress.workflow.reconstruction import Reconstruction
@@ -78,6 +79,17 @@ def plan_asked_for(
         raise UsageError("--plan says everything about layers and formats; leave the other options to it")
     assert plan_file is not None  # noqa: S101
     return read_plan(plan_file)
+
+
+def at_usual_sizes(formats: Sequence[str], *, seed: int) -> list[Format | Target]:
+    """Return what each ``--format`` asks for; those that do not say their size at a few fractions of the bytes."""
+    found: list[Format | Target] = []
+    for text in formats:
+        format_type, options = parse(text)
+        is_sized = bool(format_type.amounts() & set(options)) or format_type.suffices(options)
+        for keep in [None] if is_sized else USUAL_BUDGETS:
+            found += choices([text], rank=None, keep=keep, tolerance=None, seed=seed)
+    return found
 
 
 def quick_formats(*, with_rank: bool) -> list[str]:

@@ -59,6 +59,17 @@ def test_the_document_has_the_curves_only_where_they_were_asked_for(tcompress, m
     assert all(point["error"] == point["control"] for point in pruned["points"])
 
 
+def test_curves_of_a_format_need_no_size(tcompress, model):
+    answer = tcompress("analyze", model, "--curves", "--format", "svd", "--format", "sparse:density=0.2", "--json")
+    assert (answer.code, answer.err) == (0, "")
+    document = json.loads(answer.out)
+    assert {curve["format"] for curve in document["curves"]} == {"svd", "sparse"}
+    asked = [text.replace("seed=0:", "") for text in document["asked"]]
+    assert asked == ["svd:keep=0.5", "svd:keep=0.25", "svd:keep=0.1", "sparse:density=0.2"]
+    alone = tcompress("analyze", model, "--format", "svd")
+    assert (alone.code, "how much is to be kept?" in alone.err) == (2, True)
+
+
 def test_figures_of_curves_are_drawn_and_listed(tcompress, model, tmp_path):
     options = (
         "--no-structure",
