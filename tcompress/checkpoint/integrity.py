@@ -20,7 +20,7 @@ from xxhash import xxh3_128
 from tcompress.checkpoint.manifest import METADATA_KEY, is_compressed
 from tcompress.checkpoint.mapped import bytes_of
 from tcompress.checkpoint.reader import Checkpoint
-from tcompress.checkpoint.safetensors_file import SafetensorsFile, parse_object
+from tcompress.checkpoint.safetensors_file import OF_MANIFEST, SafetensorsFile, parse_object
 from tcompress.errors import InputError
 
 DIGEST_BYTES = 16
@@ -43,7 +43,7 @@ def damage(file: SafetensorsFile) -> list[str]:
     manifest = file.metadata.get(METADATA_KEY)
     if manifest is None:
         return [f"{file.path}: it has no tcompress manifest"]
-    match parse_object(manifest.encode(), file.path).get("hashes"):
+    match parse_object(manifest.encode(), file.path, OF_MANIFEST).get("hashes"):
         case {"tensors": str(packed), "header": str(digest)}:
             pass
         case _:

@@ -18,7 +18,7 @@ from typing import Any
 from tcompress.checkpoint.dtypes import BY_NAME, DType
 from tcompress.checkpoint.layers import LayerKind
 from tcompress.checkpoint.reader import Checkpoint
-from tcompress.checkpoint.safetensors_file import parse_object
+from tcompress.checkpoint.safetensors_file import OF_MANIFEST, parse_object
 from tcompress.checkpoint.state_dict import MAX_DEPTH
 from tcompress.errors import InputError, UnsupportedError
 
@@ -197,7 +197,7 @@ def read_manifest(checkpoint: Checkpoint) -> Manifest:
 
 def parse_manifest(text: str, path: Path) -> Manifest:
     """Parse one manifest; raises InputError or UnsupportedError as read_manifest does."""
-    document = parse_object(text.encode(), path)
+    document = parse_object(text.encode(), path, OF_MANIFEST)
     version = document.get("version")
     if type(version) is not int or version < 1:
         raise InputError("its tcompress manifest has no version", path=path)

@@ -21,6 +21,7 @@ from tcompress.errors import InputError, SafetyError, UnsupportedError
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_DIMENSIONS = 64
 MAX_JSON_VALUES = 3_000_000  # about 400,000 tensors; parsed, JSON takes up to thirty times its bytes
+OF_MANIFEST = "its tcompress manifest's"  # what errors call its JSON, which lies inside another
 
 
 class SafetensorsFile(Checkpoint):
@@ -81,20 +82,20 @@ def read_header(path: Path) -> tuple[bytes, int]:
         raise InputError(f"cannot be read ({error.strerror})", path=path) from error
 
 
-def parse_object(text: bytes, path: Path) -> dict[str, Any]:
+def parse_object(text: bytes, path: Path, whose: str = "its") -> dict[str, Any]:
     """Parse a JSON object from a stranger, in UTF-8.
 
-    Raises InputError for anything else, duplicate keys, infinite numbers and half characters included, SafetyError for
-    more values than any checkpoint has.
+    whose: what errors call it. Raises InputError for anything else, duplicate keys, infinite numbers and half
+    characters included, SafetyError for more values than any checkpoint has.
     """
     if sum(text.count(mark) for mark in (b"{", b"[", b":")) > MAX_JSON_VALUES:
-        raise SafetyError(f"its JSON has more than {MAX_JSON_VALUES} values", path=path)
+        raise SafetyError(f"{whose} JSON has more than {MAX_JSON_VALUES} values", path=path)
     try:
         value = json.loads(text.decode(), object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"its JSON cannot be read ({error})", path=path) from error
+        raise InputError(f"{whose} JSON cannot be read ({error})", path=path) from error
     if not isinstance(value, dict) or not text.startswith(b"{"):
-        raise InputError("its JSON is not an object", path=path)
+        raise InputError(f"{whose} JSON is not an object", path=path)
     return value
 
 

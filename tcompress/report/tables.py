@@ -140,7 +140,9 @@ def verification_view(document: Document) -> RenderableType:
     """Show a report of ``verify``."""
     lines = [f"problem: {problem}" for problem in document["problems"]]
     lines += _repaired_names(document["repaired"])
-    errors = "errors measured again" if document["against"] else "errors not measured again (give --against MODEL)"
+    measured = any(layer["measured_error"] is not None for layer in document["layers"])
+    errors = "errors measured again" if measured else "errors not measured again"
+    errors += "" if document["against"] else " (give --against MODEL)"
     verdict = "is what it says it is" if document["passed"] else f"has {len(document['problems'])} problem(s)"
     layers = len(document["layers"])
     lines.append(f"{printable(document['path'])} {verdict}: {layers} compressed layers, {errors}")

@@ -143,6 +143,9 @@ def _differences(dense: CompressedView, against: Checkpoint) -> Iterator[str]:
     source = dense.manifest.source.get("sha256")
     if source != sha256_of_files(against.files):
         yield f"{against.path}: is not the checkpoint that {path} was made from: its SHA-256 is another"
+    if not set(against) & set(dense.infos):
+        yield f"{against.path}: has none of the tensors of {path}: it is another model"
+        return
     for name in sorted(set(against) ^ set(dense.infos)):
         yield f"{path}: tensor {name}: is only in {against.path if name in against else path}"
     for name in dense.infos:

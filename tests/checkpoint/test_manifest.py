@@ -23,6 +23,7 @@ from tcompress.checkpoint.manifest import (
     read_manifest,
 )
 from tcompress.checkpoint.opening import open_checkpoint
+from tcompress.checkpoint.safetensors_file import OF_MANIFEST
 from tcompress.errors import InputError, TcompressError, UnsupportedError
 
 PATH = "small.safetensors"
@@ -235,7 +236,7 @@ def test_a_damaged_factor_is_refused_by_its_name(factor):
 def test_text_that_is_no_json_object_is_refused(text):
     with pytest.raises(InputError) as caught:
         parse_manifest(text, PATH)
-    assert str(caught.value).startswith(f"{PATH}: its JSON ")
+    assert str(caught.value).startswith(f"{PATH}: {OF_MANIFEST} JSON ")
 
 
 def test_figures_that_json_cannot_hold_are_refused():
@@ -243,7 +244,7 @@ def test_figures_that_json_cannot_hold_are_refused():
     for number in ("NaN", "Infinity", "1e999"):
         with pytest.raises(InputError) as caught:
             parse_manifest(text.replace('"bytes":500', f'"bytes":{number}'), PATH)
-        assert str(caught.value) == f"{PATH}: its JSON cannot be read (a number in it is not finite)"
+        assert str(caught.value) == f"{PATH}: {OF_MANIFEST} JSON cannot be read (a number in it is not finite)"
 
 
 def test_a_checkpoint_without_manifest_is_not_compressed(tmp_path):

@@ -253,17 +253,17 @@ def text_of(text: str) -> Callable[[Path], Path]:
 
 
 TEXTS = {
-    "nothing": ("", "its JSON cannot be read"),
-    "no JSON": ("{'version': 1}", "its JSON cannot be read"),
-    "a list": ("[1]", "its JSON is not an object"),
-    "a number": ("1", "its JSON is not an object"),
+    "nothing": ("", "its tcompress manifest's JSON cannot be read"),
+    "no JSON": ("{'version': 1}", "its tcompress manifest's JSON cannot be read"),
+    "a list": ("[1]", "its tcompress manifest's JSON is not an object"),
+    "a number": ("1", "its tcompress manifest's JSON is not an object"),
     "nested": ('{"version":' * 100_000, "recursion"),
     "lists in lists": ('{"version":' + "[" * 100_000, "recursion"),
     "NaN": ('{"version": NaN}', "a number in it is not finite"),
     "1e999": ('{"version": 1e999}', "a number in it is not finite"),
     "a name twice": ('{"version": 1, "version": 1}', "a name stands there twice"),
     "5000 digits": ('{"version": ' + "9" * 5000 + "}", "Exceeds the limit"),
-    "half a character": ('{"\\ud800": 1}', "its JSON cannot be read"),
+    "half a character": ('{"\\ud800": 1}', "its tcompress manifest's JSON cannot be read"),
     "an empty object": ("{}", "has no version"),
 }
 for name, (text, problem) in TEXTS.items():
@@ -292,7 +292,13 @@ for name in ("relative_error", "norm"):
         document = copy.deepcopy(sound()[0])
         document["layers"][LAYER][name] = 12345
         text = json.dumps(document).replace("12345", digits)
-        compressed(f"{name} of {digits[:9]}", text_of(text), "its JSON cannot be read", inspect=4, verify=4)
+        compressed(
+            f"{name} of {digits[:9]}",
+            text_of(text),
+            "its tcompress manifest's JSON cannot be read",
+            inspect=4,
+            verify=4,
+        )
 for value in (1e300, 1.0):
     compressed(f"norm of {value}", small(of_layer(norm=value)), f"tensor {LAYER}: ", "further apart", decompress=0)
 for value in ([-24, -20], [24.0, 20.0], [True, 20], ["24", "20"], "24x20", 480, [1 << 40, 1 << 40], [1] * 65):

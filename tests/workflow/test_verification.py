@@ -103,6 +103,15 @@ def test_another_original_is_found(small, model_file, tmp_path):
     assert "tensor new: is only in" in found
 
 
+def test_another_model_is_told_in_one_line(small, tmp_path, tcompress):
+    save_file({"other.weight": torch.randn(4, 4)}, tmp_path / "other.safetensors")
+    answer = tcompress("verify", small, "--against", tmp_path / "other.safetensors")
+    assert answer.code == 8
+    assert "it is another model" in answer.out
+    assert "is only in" not in answer.out
+    assert "errors not measured again" in answer.out
+
+
 def test_the_manifest_beside_shards_is_compared_with_them(fixtures, tmp_path):
     compress(open_checkpoint(fixtures / "digits_mlp_sharded"), Plan((Rule("*", SVD(rank=4)),)), out=tmp_path / "out")
     assert problems(tmp_path / "out", fixtures / "digits_mlp_sharded") == ()
