@@ -10,14 +10,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from safetensors.torch import load_file
+from typer.models import OptionInfo
 
 from tcompress.cli.app import app
+from tcompress.cli.options import DTypeName
 from tcompress.errors import TcompressError
 from tcompress.formats import FORMATS
 from tcompress.workflow.plan import parse_plan
+from tcompress.workflow.settings import STORED_TYPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -65,7 +69,8 @@ def test_the_five_minutes_print_what_the_readme_shows(example_folder):
     assert f"right on {before:.1%} before and on {after:.1%} after".replace("%", " %") in README.replace("\n", " ")
 
 
-def test_the_python_example_runs(example_folder):
+def test_the_python_example_runs_after_the_main_install(example_folder):
+    (example_folder / "sklearn.py").write_text("raise ModuleNotFoundError('scikit-learn is for the tests alone')\n")
     for program in blocks("python"):
         (example_folder / "example.py").write_text(program)
         assert shell(f"{sys.executable} example.py", example_folder) == "True True\n"
@@ -88,6 +93,12 @@ def test_every_command_format_and_exit_code_is_documented():
     codes = {TcompressError.exit_code, *(cls.exit_code for cls in TcompressError.__subclasses__())}
     for code in codes:
         assert f"| {code} |" in README
+
+
+def test_every_stored_type_is_documented():
+    assert f"`--dtype {'|'.join(STORED_TYPES)}` is the type" in README
+    (help_text,) = {each.help for each in get_args(DTypeName) if isinstance(each, OptionInfo)}
+    assert set(STORED_TYPES) <= set(re.findall(r"\w+", help_text))
 
 
 def test_the_set_up_commands_are_there_for_ci():
