@@ -62,9 +62,10 @@ MethodName = Annotated[
 Teacher = Annotated[
     Path | None,
     typer.Option(
-        help="The dense checkpoint that is learnt from; default: that of --against, or the task's teacher().",
+        help="distill, reconstruct, prune: the dense checkpoint that is learnt from; default: that of --against, or "
+        "the task's teacher().",
         metavar="MODEL",
-        rich_help_panel=_DISTILL,
+        rich_help_panel=_LEARNING,
     ),
 ]
 Alpha = Annotated[

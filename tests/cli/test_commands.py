@@ -22,6 +22,7 @@ COMMANDS = [
     "decompress",
     "verify",
     "evaluate",
+    "finetune",
     "export",
     "formats",
 ]
@@ -47,9 +48,14 @@ def test_every_command_has_help_with_an_example_or_its_list(tcompress, command):
 
 
 def test_no_help_text_has_words_in_brackets_that_the_terminal_would_swallow():
-    commands = typer.main.get_command(app).commands
-    texts = {(name, each.name): each.help for name, command in commands.items() for each in command.params}
-    assert [where for where, text in texts.items() if re.search(r"(?<!\\)\[[a-z/#@]", text or "")] == []
+    door = typer.main.get_command(app)
+    texts = [door.help, door.epilog]
+    for command in (door, *door.commands.values()):
+        texts += [command.help, command.epilog]
+        texts += [
+            getattr(each, said, None) for each in command.params for said in ("help", "metavar", "rich_help_panel")
+        ]
+    assert [text for text in texts if re.search(r"(?<!\\)\[[a-z/#@]", text or "")] == []
 
 
 def test_a_file_that_became_larger_is_not_called_smaller(tcompress, tmp_path):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from typer.models import OptionInfo
 
+from tcompress.cli.finetune import Teacher
+from tcompress.training.methods import METHODS
 from tests.training.tasks import MLP
 
 
@@ -114,3 +118,9 @@ def test_the_help_says_that_code_is_run(tcompress):
     done = tcompress("finetune", "--help")
     assert "This runs the code in the task file" in done.out
     assert "Example: tcompress finetune " in done.out
+
+
+def test_the_help_of_teacher_names_the_methods_that_have_one():
+    (text,) = {each.help for each in get_args(Teacher) if isinstance(each, OptionInfo)}
+    named, _, _ = text.partition(":")
+    assert named.split(", ") == [name for name, method in METHODS.items() if method.has_teacher]
