@@ -18,6 +18,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -29,6 +30,12 @@ def printable(text: str) -> str:
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return shown.replace("##", r"#\x23")
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Return the first names on a line, and how many more there are: a stranger's file may have any number."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 class TcompressError(Exception):

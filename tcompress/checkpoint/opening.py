@@ -8,7 +8,7 @@ from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.safetensors_file import SafetensorsFile
 from tcompress.checkpoint.sharded import ShardedCheckpoint
 from tcompress.checkpoint.torch_file import TorchFile
-from tcompress.errors import InputError
+from tcompress.errors import InputError, listed
 
 INDEX_SUFFIX = ".index.json"
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -78,6 +78,6 @@ def _weights_in(folder: Path) -> Path:
     if not candidates:
         raise InputError("holds no checkpoint (.safetensors, .pt, .pth, .th, .bin, .ckpt)", path=folder)
     if len(candidates) > 1:
-        names = ", ".join(entry.name for entry in candidates[:8]) + (", ..." if len(candidates) > 8 else "")
+        names = listed([entry.name for entry in candidates])
         raise InputError(f"holds several checkpoints, name one of them: {names}", path=folder)
     return candidates[0]

@@ -10,7 +10,7 @@ import torch
 
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.safetensors_file import parse_object
-from tcompress.errors import InputError
+from tcompress.errors import InputError, listed
 
 MAX_INDEX_BYTES = 64 << 20
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
@@ -34,8 +34,7 @@ class ShardedCheckpoint(Checkpoint):
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (index.parent / name).is_file()]
         if missing:
-            listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
-            raise InputError(f"names shards that are not there: {listed}", path=index)
+            raise InputError(f"names shards that are not there: {listed(missing)}", path=index)
         self.files = tuple(index.parent / name for name in names)
         self._shards = tuple(open_file(path) for path in self.files)
         self._home = {name: shard for shard in self._shards for name in shard}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tcompress.errors import InputError, SafetyError, UsageError
+from tcompress.errors import InputError, SafetyError, UsageError, listed
 
 MAX_DEPTH = 50
 MAX_ENTRIES = 200_000
@@ -79,7 +79,7 @@ def _usual_key(tree: dict[object, object], path: Path) -> str | None:
     if usual is not None or tensors or not candidates:
         return usual
     if len(candidates) > 1:
-        raise InputError(f"holds tensors in several entries: {_listed(candidates)}; choose one with --key", path=path)
+        raise InputError(f"holds tensors in several entries: {_named(candidates)}; choose one with --key", path=path)
     return candidates[0]
 
 
@@ -105,7 +105,7 @@ def _follow(tree: dict[object, object], key: str, beside: list[str], path: Path)
     for part in parts:
         entries = dict(_entries(inside, path))
         if part not in entries:
-            raise UsageError(f"has no entry {prefix}{part}; there are: {_listed(list(entries), prefix)}", path=path)
+            raise UsageError(f"has no entry {prefix}{part}; there are: {_named(list(entries), prefix)}", path=path)
         beside.extend(f"{prefix}{name}" for name in entries if name != part)
         below = entries[part]
         if not isinstance(below, dict):
@@ -144,9 +144,8 @@ def _entries(tree: dict[object, object], path: Path) -> Iterator[tuple[str, obje
         yield name, value
 
 
-def _listed(names: list[str], prefix: str = "") -> str:
-    shown = ", ".join(f"{prefix}{_short(name)}" for name in names[:20])
-    return f"{shown} and {len(names) - 20} more" if len(names) > 20 else shown or "none"
+def _named(names: list[str], prefix: str = "") -> str:
+    return listed([f"{prefix}{_short(name)}" for name in names], 20) or "none"
 
 
 def _short(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Group, RenderableType
 
-from tcompress.errors import UsageError, printable
+from tcompress.errors import UsageError, listed, printable
 from tcompress.report.documents import Document, head, tail
 from tcompress.report.figures import as_bytes, as_error, as_seconds, as_shape
 from tcompress.report.tables import line, setting_text, table
@@ -16,8 +16,6 @@ from tcompress.workflow.budgeting import Planned, PlannedLayer
 from tcompress.workflow.evaluations import Search
 from tcompress.workflow.settings import TYPE_NAMES
 from tcompress.workflow.trial import Candidate
-
-_NAMED = 5  # layers that a message names
 
 
 def planning_document(source: Path, planned: Planned, explain: str | None = None) -> Document:
@@ -136,6 +134,5 @@ def _curve_of(planned: Planned, name: str) -> list[Document]:
                 {**_candidate(candidate), "fitted": candidate.is_fitted, "chosen": candidate is each.chosen}
                 for candidate in ordered
             ]
-    known = ", ".join(each.layer.name for each in planned.layers[:_NAMED])
-    more = ", ..." if len(planned.layers) > _NAMED else ""
-    raise UsageError(f"--explain: there is no layer {name}; there are {known}{more}")
+    known = listed([each.layer.name for each in planned.layers])
+    raise UsageError(f"--explain: there is no layer {name}; there are {known}")

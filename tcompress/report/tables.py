@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tcompress.errors import printable
+from tcompress.errors import listed, printable
 from tcompress.report.documents import Document
 from tcompress.report.figures import as_bytes, as_error, as_seconds, as_shape
 from tcompress.workflow.settings import STORED_TYPES
@@ -57,7 +57,7 @@ def compression_summary(document: Document) -> list[str]:
     lines += [f"... and {len(noted) - 20} more notes, see --json or --report"] if len(noted) > 20 else []
     lines += [f"note: {printable(note)}" for note in document["notes"]]
     if document["other_values"]:
-        names = ", ".join(map(printable, document["other_values"][:10]))
+        names = printable(listed(document["other_values"]))
         lines.append(f"note: not carried over, being no tensors: {names}")
     lines += _repair_lines(document["repairs"])
     most = "" if totals["exact_bytes"] else "at most "
@@ -117,7 +117,7 @@ def inspection_view(document: Document) -> RenderableType:
     if document["key"]:
         lines.append(f"the state dict is the entry {printable(document['key'])}")
     if document["other_values"]:
-        lines.append(f"beside the tensors: {', '.join(map(printable, document['other_values'][:10]))}")
+        lines.append(f"beside the tensors: {printable(listed(document['other_values']))}")
     if document["manifest"]:
         manifest = document["manifest"]
         source = manifest["source"]
@@ -132,8 +132,7 @@ def inspection_view(document: Document) -> RenderableType:
 
 def _repaired_names(names: Sequence[str]) -> list[str]:
     """Name the first tensors that differ from the original's without being compressed."""
-    rest = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return [f"repaired after compression: {', '.join(map(printable, names[:10]))}{rest}"] if names else []
+    return [f"repaired after compression: {printable(listed(names))}"] if names else []
 
 
 def verification_view(document: Document) -> RenderableType:

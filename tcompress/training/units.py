@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tcompress.errors import TaskError, UsageError
+from tcompress.errors import TaskError, UsageError, listed
 from tcompress.runtime.modules import Factorized
 
 LAYER, BLOCK = "layer", "block"
@@ -94,7 +94,7 @@ def _blocks(modules: Mapping[str, nn.Module], layers: Sequence[str], by: str, pa
     around = {each for layer in layers for each in _outwards(layer)}
     found = {name for name in around if _fits(name, by)}
     if not found:
-        known = ", ".join(sorted(around)[:10])
+        known = listed(sorted(around), 10)
         raise UsageError(f"by={by}: no module around a compressed layer has such a name; there are {known}", path=path)
     return found
 

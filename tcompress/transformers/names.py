@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tcompress.errors import InputError
+from tcompress.errors import InputError, listed
 from tcompress.transformers.vacancies import Vacancy
 from tcompress.workflow.decoding import CompressedView
 from tcompress.workflow.matching import Place, places_in
@@ -47,7 +47,7 @@ class Names:
             elif self._is_compressed(name):
                 merged.append(name)
         if merged:
-            raise self._misfit(f"transformers merges these of its compressed layers with others: {_listed(merged)}")
+            raise self._misfit(f"transformers merges these of its compressed layers with others: {listed(merged)}")
         self._check_dropped(dropped, [name for name in self._expected if name not in found])
 
     def parts(self) -> frozenset[str]:
@@ -80,7 +80,7 @@ class Names:
             held = {name: self._first(self._given[name]) for name in names if name in self._given}
             layers = [layer for layer in dict.fromkeys(held.values()) if layer in self._dense.manifest.layers]
             if layers and set(held.values()) != set(layers):
-                raise self._misfit(f"{_listed(list(held))} are one in the model, but only a part of them is compressed")
+                raise self._misfit(f"{listed(list(held))} are one in the model, but only a part of them is compressed")
             for layer in layers:
                 here = {name: places[name] for name in names if held.get(name, layers[0]) == layer}
                 found.append(self._vacancy(layer, here))
@@ -106,7 +106,7 @@ class Names:
         for name in dropped:
             if _end(name) in ends:
                 raise self._misfit(f"{name} seems to be {ends[_end(name)]} of the model under another name")
-        _log.warning("%s has no use for these compressed layers: %s", type(self._model).__name__, _listed(dropped))
+        _log.warning("%s has no use for these compressed layers: %s", type(self._model).__name__, listed(dropped))
 
     def _is_compressed(self, name: str) -> bool:
         return self._first(name) in self._dense.manifest.layers
@@ -167,7 +167,3 @@ def _dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
 
 def _end(name: str) -> tuple[str, ...]:
     return tuple(name.split(".")[-3:])
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tcompress.errors import InputError
+from tcompress.errors import InputError, listed
 from tcompress.runtime.install import obstacle, put
 from tcompress.runtime.modules import Factorized
 from tcompress.workflow.loading import install
@@ -106,4 +106,4 @@ def require_complete(model: nn.Module, vacancies: Sequence[Vacancy], path: Path)
             if not isinstance(layer, Factorized) and layer._parameters.get(place.attribute) is None:
                 empty.append(name)
     if empty:
-        raise InputError(f"was loaded into {type(model).__name__}, which still lacks {', '.join(empty[:8])}", path=path)
+        raise InputError(f"was loaded into {type(model).__name__}, which still lacks {listed(empty)}", path=path)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tcompress.checkpoint.layers import Layer, find_layers
 from tcompress.checkpoint.manifest import is_compressed
 from tcompress.checkpoint.reader import Checkpoint
-from tcompress.errors import NumericalError, UsageError
+from tcompress.errors import NumericalError, UsageError, listed
 from tcompress.formats import FORMATS, Format
 from tcompress.formats.inner import INNER
 from tcompress.linalg.permutation import shuffled
@@ -65,7 +65,7 @@ def analyze(
     found = find_layers(checkpoint)
     chosen = [layer for layer in found if not layers or any(fnmatch.fnmatchcase(layer.name, glob) for glob in layers)]
     if not chosen:
-        known = ", ".join(layer.name for layer in found[:5]) or "none"
+        known = listed([layer.name for layer in found]) or "none"
         raise UsageError(f"no layer matches {', '.join(layers) or '*'}; there are {known}", path=checkpoint.path)
     check_choices([(layer, choice) for layer in chosen for choice in choices], settings)
     require_working_memory(checkpoint, chosen)

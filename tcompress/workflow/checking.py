@@ -9,7 +9,7 @@ import torch
 from tcompress.checkpoint.layers import Layer
 from tcompress.checkpoint.memory import require_memory
 from tcompress.checkpoint.reader import Checkpoint
-from tcompress.errors import FormatError, UsageError, printable
+from tcompress.errors import FormatError, UsageError, listed, printable
 from tcompress.formats import Format
 from tcompress.workflow.plan import Plan, Target, check_matches
 from tcompress.workflow.settings import Settings
@@ -47,7 +47,7 @@ def check_choices(choices: Sequence[tuple[Layer, Format | Target | None]], setti
         except FormatError as error:
             problems.setdefault(error.reason, []).append(printable(layer.name))
     if problems:
-        raise UsageError("; ".join(f"{_several(names)}: {reason}" for reason, names in problems.items()))
+        raise UsageError("; ".join(f"{listed(names, _NAMES_SHOWN)}: {reason}" for reason, names in problems.items()))
 
 
 def require_working_memory(checkpoint: Checkpoint, layers: Sequence[Layer]) -> None:
@@ -55,8 +55,3 @@ def require_working_memory(checkpoint: Checkpoint, layers: Sequence[Layer]) -> N
     for layer in layers:
         precision = torch.float64 if layer.dtype.torch == torch.float64 else torch.float32
         require_memory(layer.shape, precision, path=checkpoint.path, tensor=layer.name, copies=_WORKING_COPIES)
-
-
-def _several(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tcompress.checkpoint.layers import Layer
-from tcompress.errors import FormatError, UsageError
+from tcompress.errors import FormatError, UsageError, listed
 from tcompress.formats import Format, find_format, make, to_dict
 from tcompress.formats.grouped import GroupFormat
 from tcompress.formats.options import check_options, frozen
@@ -197,14 +197,14 @@ def parse_plan(document: Any, source: str) -> Plan:
 def check_matches(plan: Plan, layers: Iterable[Layer]) -> None:
     """Raise UsageError for rules that name layers which are not there, and for plans that match nothing at all."""
     names = [layer.name for layer in layers]
-    known = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    known = listed(names) or "none"
     unmatched = [rule for rule in plan.rules if not any(rule.matches(name) for name in names)]
     missing = [rule.match for rule in unmatched if not glob.has_magic(rule.match)]
     if missing:
-        raise UsageError(f"no layer is called {', '.join(missing)}; there are {known or 'none'}")
+        raise UsageError(f"no layer is called {', '.join(missing)}; there are {known}")
     if len(unmatched) == len(plan.rules):
         patterns = ", ".join(rule.match for rule in plan.rules)
-        raise UsageError(f"no layer matches {patterns or 'the empty plan'}; there are {known or 'none'}")
+        raise UsageError(f"no layer matches {patterns or 'the empty plan'}; there are {known}")
 
 
 def _parse_rule(rule: Any) -> Rule:

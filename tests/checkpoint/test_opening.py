@@ -90,7 +90,7 @@ def test_of_very_many_checkpoints_eight_are_named(tmp_path):
     for number in range(12):
         (tmp_path / f"{number:02}.pt").touch()
     named = ", ".join(f"{number:02}.pt" for number in range(8))
-    assert refusal(tmp_path) == f"{tmp_path}: holds several checkpoints, name one of them: {named}, ..."
+    assert refusal(tmp_path) == f"{tmp_path}: holds several checkpoints, name one of them: {named} and 4 more"
 
 
 def test_a_folder_without_checkpoint_says_what_was_looked_for(tmp_path):

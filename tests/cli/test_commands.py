@@ -226,6 +226,24 @@ def test_a_wrong_command_line_is_one_line_with_the_way_out(tcompress, model_file
     assert sorted(tmp_path.iterdir()) == before
 
 
+MISSED = {
+    "analyze": ["--layers", "x*"],
+    "compress": ["--format", "svd:rank=2", "--include", "x*"],
+    "plan": ["--keep", "1", "--formats", "svd", "--explain", "x"],
+}
+
+
+@pytest.mark.parametrize(("command", "options"), MISSED.items(), ids=MISSED.keys())
+def test_a_layer_that_is_not_there_is_told_with_some_that_are_and_how_many_more(tcompress, tmp_path, command, options):
+    for count, end in ((8, "7.weight"), (11, "6.weight, 7.weight and 3 more")):
+        weights = {f"{n:x}.weight": torch.eye(4) for n in range(count)}
+        save_file(weights, tmp_path / "model.safetensors")
+        answer = tcompress(command, "model.safetensors", *options)
+        assert (answer.code, answer.err.count("\n")) == (2, 1)
+        assert "; there are 0.weight, 1.weight, 2.weight, " in answer.err
+        assert answer.err.endswith(f", {end}\n")
+
+
 @pytest.mark.parametrize("command", ["inspect", "analyze", "verify", "decompress", "compress"])
 def test_damaged_input_is_one_line_that_names_the_file_with_exit_code_4(tcompress, model_file, tmp_path, command):
     options = ["--format", "svd", "--rank", "2"] if command == "compress" else []
