@@ -23,7 +23,7 @@ GROUP = 32
 LARGEST = 3
 _BITS = 3
 _BLOCK = 2048  # groups at a time: what is computed of them stays in the cache
-_ACCIDENTAL = 1e-3  # part of the stored values that may be zeros, and get the smallest magnitude that there is
+_ACCIDENTAL = 1000  # one stored value in so many may be zero, and gets the smallest magnitude that there is
 _LOOKED_AT = 256  # groups, at most, by which the offset is chosen
 # Multiples of a quarter, so that the largest value over its scale is exact, and found again as it was.
 _OFFSETS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -55,7 +55,7 @@ class Int3(Values):
         values = select(factor).reshape(-1)
         count = values.numel()
         groups = _grouped(values.abs())
-        offset = _offset_of(groups)
+        offset = _offset_of(values, groups)
         scale, codes = torch.zeros(len(groups), dtype=torch.float16), torch.zeros(groups.shape, dtype=torch.int8)
         for start in range(0, len(groups), _BLOCK):
             block = slice(start, start + _BLOCK)
@@ -129,9 +129,13 @@ def _grouped(values: Tensor) -> Tensor:
     return torch.cat([values, again]).reshape(-1, GROUP)
 
 
-def _offset_of(groups: Tensor) -> float:
-    """Return the offset of least squared error; 0 where zeros are more than an accident, and have to stay it."""
-    if int(groups.count_nonzero()) <= (1 - _ACCIDENTAL) * groups.numel():  # the last group is filled up by its own
+def _offset_of(values: Tensor, groups: Tensor) -> float:
+    """Return the offset of least squared error; 0 where zeros are more than an accident, and have to stay it.
+
+    Zeros are counted in the values: of those of the last group, which fill it up, there are several in ``groups``.
+    """
+    count = values.numel()
+    if count == 0 or (count - int(values.count_nonzero())) * _ACCIDENTAL > count:
         return 0.0
     some = groups
     if len(groups) > _LOOKED_AT:

@@ -143,10 +143,20 @@ def test_int3_spends_no_codes_where_pruning_left_nothing(density, offset, error)
     assert float((coding.decode(parts, (256, 512)) - kept).square().sum() / factor.square().sum()) < error
 
 
-@pytest.mark.parametrize(("zeros", "offset"), [(1, 0.5), (32, 0.5), (33, 0.0)])
-def test_int3_does_not_lose_its_best_grid_to_one_zero_in_a_thousand(zeros, offset):
-    factor = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    factor.view(-1)[:zeros] = 0
+@pytest.mark.parametrize(
+    ("shape", "zeros", "offset"),
+    [
+        ((64, 512), 1, 0.5),
+        ((64, 512), 32, 0.5),
+        ((64, 512), 33, 0.0),
+        ((20, 100), 2, 0.5),
+        ((20, 100), 3, 0.0),
+        ((8, 126), 1, 0.5),  # the last group, of 16 values, is filled up by them: the zero is still one
+    ],
+)
+def test_int3_does_not_lose_its_best_grid_to_one_zero_in_a_thousand(shape, zeros, offset):
+    factor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    factor.view(-1)[-zeros:] = 0
     assert float(coding_of("dense", "int3").encode(factor)["scale"][0]) == offset
 
 

@@ -42,7 +42,7 @@ def learning(model):
     return [each for each in model.modules() if isinstance(each, Learning)]
 
 
-def noise(*shape):
+def noise(shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
@@ -52,9 +52,7 @@ def test_a_model_that_learns_through_codes_is_the_one_that_would_be_stored(setti
     model, inputs = learner(setting, store)
     with torch.no_grad():
         for each in learning(model):
-            each.values += (
-                0.3 * each.values.std() * torch.randn(each.values.shape, generator=torch.Generator().manual_seed(3))
-            )
+            each.values += 0.3 * each.values.std() * noise(each.values.shape)
     assert through_codes(model, asked=True) is not None
     seen, outputs = weights(model), model(inputs)
     with as_stored(model):
@@ -70,9 +68,7 @@ def test_gradients_are_those_at_the_codes_and_reach_every_value(store, learner):
     pairs = list(zip(learning(model), learning(plain), strict=True))
     with torch.no_grad():
         for factor, _ in pairs:
-            factor.values += (
-                0.3 * factor.values.std() * torch.randn(factor.values.shape, generator=torch.Generator().manual_seed(3))
-            )
+            factor.values += 0.3 * factor.values.std() * noise(factor.values.shape)
         through_codes(model, asked=True)
         for factor, other in pairs:
             other.values.copy_(factor.at_places())
