@@ -211,6 +211,7 @@ class Coding:
         """Return the factor. Raises InputError when the parts contradict each other or the shape."""
         parts = self._own(parts)
         stored, place = self.support.decode(parts, shape)
+        self._require_places(parts, stored)
         return self.held.decode(parts, shape, stored, place)
 
     def steps(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -246,6 +247,12 @@ class Coding:
         """
         parts = self._own(parts)
         return self.held.unpack(parts, shape, self.support.unpack(parts, shape))
+
+    def _require_places(self, parts: Mapping[str, Tensor], stored: tuple[int, ...]) -> None:
+        """Refuse values without any place: it is the places that are lost, and values alone would seem too many."""
+        values, where = self.held.part_names[0], self.support.part_names
+        is_lost = bool(where) and math.prod(stored) == 0 and parts[values].numel() > 0
+        require(not is_lost, f"has {values}, but no places for them: its {' and '.join(where)} tell of none")
 
     def _own(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {self.held.part_names[0]: parts[""]} if self.is_plain_tensor else parts

@@ -89,6 +89,24 @@ def test_other_numbers_of_values_than_of_positions_are_refused():
     assert refusal(coding_of("elias-fano:1"), values=torch.ones(5)) == "has values of shape (5,) for places of (4,)"
 
 
+EMPTIED = {
+    "bitmask": ("mask", {"mask": octets(*[0] * 16)}),
+    "elias-fano:3": ("positions", {"positions": octets()}),
+    "delta8": ("gaps", {"gaps": octets()}),
+    "csr": ("columns and row_starts", {"columns": octets().to(torch.uint16), "row_starts": torch.zeros(9).long()}),
+}
+
+
+@pytest.mark.parametrize("held", [None, "int8", "int4", "int3"])
+@pytest.mark.parametrize("name", EMPTIED)
+def test_places_that_are_lost_are_told_apart_from_values_that_are_too_many(name, held):
+    coding, (where, emptied) = coding_of(name, held), EMPTIED[name]
+    with pytest.raises(InputError) as caught:
+        coding.decode({**coding.encode(THIN), **emptied}, (8, 16))
+    what = "values" if held is None else "codes"
+    assert str(caught.value) == f"has {what}, but no places for them: its {where} tell of none"
+
+
 @pytest.mark.parametrize("low", [0, 3, 48])
 def test_no_positions_take_no_bytes(low):
     parts = coding_of(f"elias-fano:{low}").encode(torch.zeros(8, 16))

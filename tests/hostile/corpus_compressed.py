@@ -135,14 +135,14 @@ wrong("csr values missing", "csr", None, part("values", lambda t: t[1:]), "has v
 wrong("csr values of integers", "csr", None, part("values", lambda t: t.to(torch.int32)), "is of type torch.int32")
 wrong("csr values of complex numbers", "csr", None, part("values", lambda t: t.to(torch.complex64)), "is of type")
 wrong("bitmask of one bit more", "bitmask", None, put("mask", 0, 0xFF), "has values of shape")
-wrong("bitmask of none", "bitmask", None, part("mask", torch.zeros_like), "has values of shape")
+wrong("bitmask of none", "bitmask", None, part("mask", torch.zeros_like), "no places for them: its mask")
 wrong("bitmask of all", "bitmask", "int8", part("mask", lambda t: torch.full_like(t, 255)), "has codes of shape")
 wrong("bitmask cut off", "bitmask", None, part("mask", lambda t: t[:-1]), "has no bit for each of")
 wrong("bitmask of signed bytes", "bitmask", None, part("mask", lambda t: t.view(torch.int8)), "has no bit for each of")
 wrong("positions of one more", "elias-fano:1", None, put("positions", -1, 255), "has not the bits of")
 wrong("positions of none", "elias-fano:1", None, part("positions", torch.zeros_like), "has not the bits of")
 wrong("positions cut off", "elias-fano:1", "int8", part("positions", lambda t: t[:-1]), "has not the bits of")
-wrong("positions of nothing", "elias-fano:0", None, part("positions", lambda t: t[:0]), "has values of shape")
+wrong("positions of nothing", "elias-fano:0", "int4", part("positions", lambda t: t[:0]), "its positions tell of none")
 wrong(
     "positions in two dimensions", "elias-fano:1", None, part("positions", lambda t: t[None]), "no plain list of bytes"
 )
@@ -151,7 +151,7 @@ wrong("a million bits", "elias-fano:1", None, part("positions", lambda t: t.repe
 wrong("gaps beyond the end", "delta8", None, put("gaps", 5, 254), "reach beyond its last element")
 wrong("gap after the last value", "delta8", None, put("gaps", -1, 255), "has a gap after its last value")
 wrong("gaps of one value less", "delta8", None, put("gaps", 0, 255), "reach beyond its last element")
-wrong("gaps of none", "delta8", None, part("gaps", lambda t: t[:0]), "has values of shape")
+wrong("gaps of none", "delta8", None, part("gaps", lambda t: t[:0]), "its gaps tell of none")
 wrong("gaps in two dimensions", "delta8", "int4", part("gaps", lambda t: t.reshape(2, -1)), "no plain list of bytes")
 wrong(
     "gaps of a million skips",
