@@ -19,6 +19,7 @@ from tcompress.checkpoint.opening import open_checkpoint
 from tcompress.errors import InputError, SafetyError, UnsupportedError
 from tcompress.formats import FORMATS, parse
 from tcompress.formats.options import make
+from tcompress.version import __version__
 from tcompress.workflow.decompression import decompress
 from tcompress.workflow.inspection import inspect
 from tcompress.workflow.verification import verify
@@ -481,6 +482,29 @@ def test_unknown_ways_to_store_a_factor_are_named(tmp_path, described, named):
     message = f"its factor left has {named}, which this version cannot read; w wrote it"
     with pytest.raises(UnsupportedError, match=re.escape(message)):
         inspect(open_checkpoint(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda entry: entry.update(format="svd2"), "has format 'svd2', which this version does not know"),
+        (
+            lambda entry: entry["factors"].update(left="int2"),
+            "its factor left has encoding 'int2', which this version cannot read",
+        ),
+    ],
+    ids=["format", "encoding"],
+)
+def test_who_can_read_what_is_unknown_is_not_this_version_where_it_is_said_to_have_written_it(tmp_path, change, named):
+    forged = forge(SOUND["svd"], MATRIX)
+    change(forged.entry)
+    for writer, whose in (
+        ("tcompress 99.0", "tcompress 99.0 wrote it and can read it"),
+        (f"tcompress {__version__}", "nor did it write that: the file was changed, or made by something else"),
+    ):
+        forged.document["writer"] = writer
+        with pytest.raises(UnsupportedError, match=re.escape(f"{named}; {whose}")):
+            inspect(open_checkpoint(forged.write(tmp_path / "small.safetensors")))
 
 
 @pytest.mark.parametrize("part", ["codes", "scale"])
