@@ -65,16 +65,16 @@ def compression_summary(document: Document) -> list[str]:
     verb = "would compress" if document["dry_run"] else "compressed"
     lines.append(
         f"{verb} {totals['compressed_layers']} of {totals['layers']} layers: {sizes}, "
-        f"{_change(totals['dense_bytes'], totals['stored_bytes'])}, in {as_seconds(document['seconds'])}"
+        f"{_change(totals['dense_bytes'], totals['stored_bytes'], most)}, in {as_seconds(document['seconds'])}"
     )
     if document["output"] is not None:
         lines.append(f"wrote {printable(document['output']['path'])}")
     return lines
 
 
-def _change(dense: int, stored: int) -> str:
+def _change(dense: int, stored: int, most: str) -> str:
     if stored > dense:
-        return f"{stored - dense} bytes LARGER: descriptions take more than the layers save"
+        return f"{most}{stored - dense} bytes LARGER: descriptions take more than the layers save"
     return f"{dense / stored:.2f} x smaller"
 
 

@@ -12,6 +12,7 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from tcompress.cli.app import app
+from tcompress.report.tables import compression_summary
 
 COMMANDS = [
     "inspect",
@@ -65,6 +66,10 @@ def test_a_file_that_became_larger_is_not_called_smaller(tcompress, tmp_path):
     assert grown > 0
     assert f"{grown} bytes LARGER: descriptions take more than the layers save" in done.out
     assert "x smaller" not in done.out
+    planned = tcompress("compress", "tiny.safetensors", "--format", "svd:rank=1", "--dry-run", "--json")
+    document = json.loads(planned.out)
+    document["totals"]["exact_bytes"] = False  # as with a task, whose repairs cannot be known before
+    assert f" at most {document['totals']['stored_bytes'] - 640} bytes LARGER: " in compression_summary(document)[-1]
 
 
 def test_commands_work_literally_inside_a_models_folder(tcompress, model_file, tmp_path):
