@@ -53,12 +53,28 @@ def test_no_help_text_has_words_in_brackets_that_the_terminal_would_swallow():
 
 
 def test_a_file_that_became_larger_is_not_called_smaller(tcompress, tmp_path):
-    save_file({f"{n}.weight": torch.randn(6, 6) for n in range(3)}, tmp_path / "tiny.safetensors")
-    done = tcompress("compress", "tiny.safetensors", "--format", "svd:rank=1", "--dtype", "fp16", "-o", "o.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"{n}.weight": torch.randn(6, 6, generator=generator) for n in range(3)}
+    save_file(weights, tmp_path / "tiny.safetensors")
+    asked = ("compress", "tiny.safetensors", "--format", "svd:rank=1", "--dtype", "fp16")
+    planned, done = tcompress(*asked, "--dry-run"), tcompress(*asked, "-o", "o.safetensors", "--report", "report.json")
     grown = (tmp_path / "o.safetensors").stat().st_size - (tmp_path / "tiny.safetensors").stat().st_size
     assert grown > 0
-    assert f"{grown} bytes LARGER: descriptions take more than the layers save" in done.out
+    why = f"{grown} bytes LARGER than its source: descriptions take more than the layers save"
+    assert f"note: the output is {why}\n" in done.out
+    assert f"note: the output would be {why}\n" in planned.out
     assert "x smaller" not in done.out
+    assert json.loads((tmp_path / "report.json").read_text())["notes"] == [f"the output is {why}"]
+
+
+def test_an_output_of_at_most_so_many_bytes_is_not_said_to_be_larger_by_as_many(tcompress, tmp_path):
+    weight = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
+    save_file({"fc.weight": weight}, tmp_path / "m.safetensors")
+    planned = tcompress("compress", "m.safetensors", "--format", "lrs:rank=0:density=0.88", "--dry-run", "--json")
+    totals, notes = (json.loads(planned.out)[key] for key in ("totals", "notes"))
+    assert not totals["exact_bytes"]
+    grown = totals["stored_bytes"] - totals["dense_bytes"]
+    assert [note.partition(" than ")[0] for note in notes] == [f"the output may be up to {grown} bytes LARGER"]
 
 
 def test_commands_work_literally_inside_a_models_folder(tcompress, model_file, tmp_path):
