@@ -188,10 +188,15 @@ def test_a_message_and_where_to_look_are_two_sentences(tcompress, model_file):
         assert re.search(r"[.] See 'tcompress", answer.err)
 
 
-def test_what_goes_into_a_log_is_neither_folded_nor_filled_up(tcompress, tmp_path):
+@pytest.mark.parametrize("claim", ["COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_what_goes_into_a_log_is_neither_folded_nor_filled_up(tcompress, tmp_path, monkeypatch, claim):
+    monkeypatch.setenv(claim, "1")
     name = ".".join(["blocks", *["inner"] * 40, "weight"])
-    save_file({name: torch.randn(32, 32), "b.weight": torch.randn(2, 2)}, tmp_path / "long.safetensors")
-    lines = tcompress("compress", "long.safetensors", "--format", "svd:rank=2", "-o", "s.safetensors").out.splitlines()
+    save_file({name: torch.eye(32), "b.weight": torch.eye(2)}, tmp_path / "long.safetensors")
+    done = tcompress("compress", "long.safetensors", "--format", "svd:rank=2", "-o", "s.safetensors")
+    lines = done.out.splitlines()
+    assert done.err == ""
+    assert "\x1b" not in done.out
     assert any(line.startswith(f"{name} ") and "svd:rank=2" in line for line in lines)
     (reason,) = [line for line in lines if line.startswith("stays dense: b.weight: larger than dense")]
     assert reason.endswith("no setting is smaller")
