@@ -25,13 +25,18 @@ def show(document: Document, view: RenderableType, *, as_json: bool) -> None:
         sys.stdout.write(json_text(document))
         return
     console = Console(highlight=False)
-    if console.is_terminal:
+    if _is_watched(console):
         console.print(view)
         return
-    wide = Console(highlight=False, width=_UNBOUNDED)
+    wide = Console(highlight=False, width=_UNBOUNDED, force_terminal=False)
     with wide.capture() as written:
         wide.print(view)
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in written.get().splitlines()))
+
+
+def _is_watched(console: Console) -> bool:
+    """Tell whether a person looks at it; the environment may claim so of a log as well, as FORCE_COLOR does."""
+    return console.is_terminal and console.file.isatty()
 
 
 def complain(message: str) -> None:
@@ -43,7 +48,7 @@ def complain(message: str) -> None:
 def progress_bar() -> Iterator[Progress]:
     """Show layer i of n, bytes and the time left on stderr, if that is a terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not _is_watched(console):
         yield silent
         return
     columns = (
@@ -69,7 +74,7 @@ def progress_bar() -> Iterator[Progress]:
 def training_bar() -> Iterator[Watch]:
     """Show epoch, step, loss, score and the time left on stderr, if that is a terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not _is_watched(console):
         yield unwatched
         return
     columns = (

@@ -54,7 +54,7 @@ def compression_document(result: CompressionResult, exceeded: list[str]) -> Docu
         "repairs": None if result.repairs is None else _repairs(result.repairs),
         "limits_exceeded": exceeded,
         "other_values": list(result.other_values),
-        "notes": list(result.notes),
+        "notes": [*result.notes, *_growth(result)],
         **tail(result.seconds),
     }
 
@@ -186,6 +186,16 @@ def _layer(result: LayerResult) -> Document:
         "reason": result.reason,
         "notes": list(result.notes),
     }
+
+
+def _growth(result: CompressionResult) -> list[str]:
+    """Say that the output is larger than its source, if it is."""
+    more = result.stored_bytes - result.source.nbytes
+    if more <= 0:
+        return []
+    sure = "is" if result.output is not None else "would be"
+    how_much = f"{sure} {more}" if result.exact_bytes else f"may be up to {more}"
+    return [f"the output {how_much} bytes LARGER than its source: descriptions take more than the layers save"]
 
 
 def _repairs(repairs: Repairs) -> Document:

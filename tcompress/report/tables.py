@@ -63,19 +63,16 @@ def compression_summary(document: Document) -> list[str]:
     most = "" if totals["exact_bytes"] else "at most "
     sizes = f"{totals['dense_bytes']} -> {most}{totals['stored_bytes']} bytes on disk"
     verb = "would compress" if document["dry_run"] else "compressed"
+    # Of an output that is larger a note of the document says by how much.
+    is_larger = totals["stored_bytes"] > totals["dense_bytes"]
+    change = "" if is_larger else f"{totals['dense_bytes'] / totals['stored_bytes']:.2f} x smaller, "
     lines.append(
         f"{verb} {totals['compressed_layers']} of {totals['layers']} layers: {sizes}, "
-        f"{_change(totals['dense_bytes'], totals['stored_bytes'], most)}, in {as_seconds(document['seconds'])}"
+        f"{change}in {as_seconds(document['seconds'])}"
     )
     if document["output"] is not None:
         lines.append(f"wrote {printable(document['output']['path'])}")
     return lines
-
-
-def _change(dense: int, stored: int, most: str) -> str:
-    if stored > dense:
-        return f"{most}{stored - dense} bytes LARGER: descriptions take more than the layers save"
-    return f"{dense / stored:.2f} x smaller"
 
 
 def _repair_lines(repairs: Document | None) -> list[str]:

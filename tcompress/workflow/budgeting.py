@@ -146,7 +146,7 @@ def choose(choices: Choices, budget: Budget, *, max_shard_bytes: int | None = No
         chosen = [curve[at] for curve, at in zip(choices.curves, found.chosen, strict=True)]
         loss, bound = found.loss, found.bound
     layers = [
-        _planned(layer, each, curve, choices)
+        _planned(layer, each, curve, choices, budget)
         for layer, each, curve in zip(choices.layers, chosen, choices.curves, strict=True)
     ]
     plan = Plan(tuple(_rule(each) for each in layers))
@@ -203,7 +203,9 @@ def matching(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[s
     return found
 
 
-def _planned(layer: Layer, chosen: Candidate, curve: Sequence[Candidate], choices: Choices) -> PlannedLayer:
+def _planned(
+    layer: Layer, chosen: Candidate, curve: Sequence[Candidate], choices: Choices, budget: Budget
+) -> PlannedLayer:
     known = choices.known
     calls = known.calls_of(layer)
     return PlannedLayer(
@@ -211,7 +213,7 @@ def _planned(layer: Layer, chosen: Candidate, curve: Sequence[Candidate], choice
         chosen,
         curve,
         known.importance_of(layer),
-        choices.barred.get(layer.name) or _why(layer, chosen, known, is_alone=len(curve) == 1),
+        choices.barred.get(layer.name) or _why(layer, chosen, known) or _why_dense(curve, budget),
         multiplications(layer, chosen.format, calls),
         multiplications(layer, None, calls),
         known.inputs_of(layer),
@@ -230,10 +232,20 @@ def _rule(planned: PlannedLayer) -> Rule:
     return Rule(exactly(layer.name), chosen.format, comments=comments, store=chosen.store, inputs=inputs)
 
 
-def _why(layer: Layer, chosen: Candidate, known: Knowledge, *, is_alone: bool) -> str:
-    if chosen.format is None:
-        return "nothing tried is smaller" if is_alone else "its bytes are worth more here than elsewhere"
-    assert chosen.store is not None  # noqa: S101
+def _why_dense(curve: Sequence[Candidate], budget: Budget) -> str:
+    """Say which it is: there was nothing else to choose, or what there was is not worth it."""
+    by_flops = budget.flops is not None
+    if len(curve) == 1:
+        return "nothing tried multiplies less" if by_flops else "nothing tried is smaller"
+    if budget.max_error is not None:
+        return "whatever is smaller has a larger error than is allowed"
+    return f"its {'multiplications' if by_flops else 'bytes'} are worth more here than elsewhere"
+
+
+def _why(layer: Layer, chosen: Candidate, known: Knowledge) -> str | None:
+    """Say what was chosen, None for the dense layer."""
+    if chosen.format is None or chosen.store is None:
+        return None
     assumed = known.inputs_of(layer)
     of_what = "weight" if known.metric_of(layer).is_plain else "output"
     of_what += "" if assumed is None else f" for {assumed} inputs"

@@ -122,13 +122,19 @@ def test_a_layer_that_is_not_there_is_told_with_those_that_are(tcompress, dense)
     )
 
 
-def test_a_dense_layer_says_which_reason_it_has(tcompress, tmp_path):
-    save_file({"tiny.weight": torch.eye(2), "large.weight": torch.randn(64, 64)}, tmp_path / "two.safetensors")
-    document = json.loads(tcompress("plan", "two.safetensors", "--keep", "1", *TWO, "--dtype", "fp32", "--json").out)
-    assert {layer["name"]: layer["why"] for layer in document["layers"]} == {
-        "tiny.weight": "nothing tried is smaller",
-        "large.weight": "its bytes are worth more here than elsewhere",
-    }
+@pytest.mark.parametrize(
+    ("budget", "tiny", "why"),
+    [
+        (("--keep", "1"), "nothing tried is smaller", "its bytes are worth more here than elsewhere"),
+        (("--max-error", "0"), "nothing tried is smaller", "whatever is smaller has a larger error than is allowed"),
+        (("--flops", "1"), "nothing tried multiplies less", "its multiplications are worth more here than elsewhere"),
+    ],
+)
+def test_a_dense_layer_says_which_reason_it_has(tcompress, tmp_path, budget, tiny, why):
+    large = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    save_file({"tiny.weight": torch.eye(2), "large.weight": large}, tmp_path / "two.safetensors")
+    document = json.loads(tcompress("plan", "two.safetensors", *budget, *TWO, "--dtype", "fp32", "--json").out)
+    assert {layer["name"]: layer["why"] for layer in document["layers"]} == {"tiny.weight": tiny, "large.weight": why}
 
 
 def test_a_task_makes_outputs_nearer(tcompress, small):
