@@ -16,7 +16,7 @@ from typing import Any
 from tcompress.checkpoint.layers import Layer, LayerKind, find_layers
 from tcompress.checkpoint.reader import Checkpoint
 from tcompress.checkpoint.statistics_file import Statistics
-from tcompress.errors import UsageError
+from tcompress.errors import UsageError, listed
 from tcompress.formats import Format
 from tcompress.workflow.allocation import Allocation, allocate, smallest_cost
 from tcompress.workflow.assumed import PLAIN_INPUTS, SMOOTH, check_inputs
@@ -198,7 +198,7 @@ def matching(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[s
         and not any(fnmatch.fnmatchcase(layer.name, glob) for glob in exclude)
     ]
     if layers and not found:
-        known = ", ".join(layer.name for layer in layers[:5])
+        known = listed([layer.name for layer in layers], 5)
         raise UsageError(f"no layer matches {', '.join(include) or '*'}; there are {known}", path=checkpoint.path)
     return found
 
@@ -264,5 +264,4 @@ def _notes(choices: Choices, budget: Budget) -> list[str]:
         return []
     if not choices.known.calls:
         return ["multiplications are those of one position of each layer; --task counts the positions of the model"]
-    names = ", ".join(unseen[:_NAMED]) + (", ..." if len(unseen) > _NAMED else "")
-    return [f"layers that no call was seen of count one position: {names}"]
+    return [f"layers that no call was seen of count one position: {listed(unseen, _NAMED)}"]
